@@ -1,0 +1,105 @@
+"""CLIP's text encoder (Radford et al. 2021), which turns a prompt into what the UNet attends to.
+
+SD 1 has OpenAI's ViT-L/14 (12 layers, quick GELU), SD 2 OpenCLIP's ViT-H/14 (GELU), published with 23 of its 24 layers:
+its last state here is the penultimate one that SD 2 is conditioned on, so the final LayerNorm simply follows in both.
+
+Shapes: B prompts, N tokens (77), D width.
+"""
+
+from torch import Tensor, nn
+
+from minibooth.errors import UserError
+from minibooth.models import ops
+from minibooth.models.config import CLIPTextConfig
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention of each token to itself and those before it."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_proj(ops.attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, causal=True))
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, inner: int, activation: str):
+        super().__init__()
+        self.activation = ops.ACTIVATIONS[activation]
+        self.fc1 = nn.Linear(width, inner)
+        self.fc2 = nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class Layer(nn.Module):
+    """Attention, then MLP; each normalised before and added."""
+
+    def __init__(self, config: CLIPTextConfig):
+        super().__init__()
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.self_attn = SelfAttention(width, config.num_attention_heads)
+        self.layer_norm1 = nn.LayerNorm(width, eps)
+        self.mlp = MLP(width, config.intermediate_size, config.hidden_act)
+        self.layer_norm2 = nn.LayerNorm(width, eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Embeddings(nn.Module):
+    """A vector per token plus a vector per position."""
+
+    def __init__(self, config: CLIPTextConfig):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: CLIPTextConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class TextModel(nn.Module):
+    """The published files keep everything under one more name, `text_model`."""
+
+    def __init__(self, config: CLIPTextConfig):
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.final_layer_norm(self.encoder(self.embeddings(ids)))
+
+
+class CLIPText(nn.Module):
+    """text_encoder(token ids [B, N]) -> [B, N, D]."""
+
+    def __init__(self, config: CLIPTextConfig):
+        super().__init__()
+        self.config = config
+        if config.hidden_act not in ops.ACTIVATIONS:
+            raise UserError(f"hidden_act={config.hidden_act!r} in the text encoder's config.json is not supported")
+        self.text_model = TextModel(config)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.text_model(ids)

@@ -1,0 +1,89 @@
+"""CLIP's tokenizer: lower-cased, byte-level BPE (Radford et al. 2021, arXiv 2103.00020; openai/CLIP clip/simple_tokenizer.py).
+
+It reads the files of a published `tokenizer/` folder and gives the ids of transformers' CLIPTokenizer on that folder. OpenAI's
+own code first repairs broken unicode (ftfy) and unescapes HTML entities, so that rare text has other ids there.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+
+import torch
+from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+from tokenizers.models import BPE
+from torch import Tensor
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+SPECIAL = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}  # where the folder does not say
+MAX_LENGTH = 77
+# No token reaches over the border of a piece: a special token, a contraction, letters, one digit, or a run of the rest.
+PIECE = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+class Tokenizer:
+    """Prompts to ids: `tokenizer(["a photo of sks dog"])` is a LongTensor [B, max_length]."""
+
+    def __init__(self, backend: Backend, start: int, end: int, pad: int, max_length: int):
+        self.backend, self.start, self.end, self.pad, self.max_length = backend, start, end, pad, max_length
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes]) -> "Tokenizer":
+        """Build from a folder's files, name to content: vocab.json and merges.txt or tokenizer.json, then its settings.
+
+        Raises ValueError if the vocabulary is missing or does not hold a special token.
+        """
+        parsed = {name: json.loads(data) for name, data in files.items() if name.endswith(".json")}
+        whole, config = parsed.get("tokenizer.json", {}), parsed.get("tokenizer_config.json", {})
+        if whole:
+            vocab, merges = whole["model"]["vocab"], whole["model"]["merges"]
+        elif missing := [name for name in ("vocab.json", "merges.txt") if name not in files]:
+            raise ValueError(f"the tokenizer's folder lacks {' and '.join(missing)} (tokenizer.json would do instead)")
+        else:
+            vocab, merges = parsed["vocab.json"], files["merges.txt"].decode().splitlines()
+            merges = [line for line in merges if line and not line.startswith("#version")]
+
+        if "added_tokens_decoder" in config:
+            added = [{**token, "id": int(id)} for id, token in config["added_tokens_decoder"].items()]
+        else:  # the older way, in which the map overrules the configuration
+            added, config = whole.get("added_tokens", []), config | parsed.get("special_tokens_map.json", {})
+        special = {role: config.get(role) or default for role, default in SPECIAL.items()}
+        special = {
+            role: {"content": t, "normalized": False} if isinstance(t, str) else t for role, t in special.items()
+        }
+        name = {role: token["content"] for role, token in special.items()}
+        listed = {token["content"] for token in added}
+        if unknown := sorted(set(name.values()) - vocab.keys() - listed):
+            raise ValueError(f"the tokenizer's vocabulary lacks the special token {' and '.join(unknown)}")
+
+        backend = _byte_level_bpe(vocab, merges, name["unk_token"])
+        # Added tokens are found in the text before it is cut. SD 2's padding is one: its "!" is id 0 in a prompt too, though
+        # OpenCLIP, which trained that text encoder, reads "!</w>" there (huggingface/diffusers#4153).
+        added = sorted(added, key=lambda token: token["id"]) + [
+            t for t in special.values() if t["content"] not in listed
+        ]
+        backend.add_tokens([AddedToken(t["content"], normalized=t.get("normalized", True)) for t in added])
+
+        length = config.get("model_max_length", MAX_LENGTH)
+        length = length if length < 1e6 else MAX_LENGTH  # transformers writes 1e30 where none was set
+        return cls(backend, *(backend.token_to_id(name[f"{role}_token"]) for role in ("bos", "eos", "pad")), length)
+
+    def __call__(self, texts: Iterable[str]) -> Tensor:
+        """Ids [B, max_length]: start, as much of the text as fits, end, padding."""
+        encoded = (self.backend.encode(text).ids[: self.max_length - 2] for text in texts)
+        rows = [[self.start, *ids, self.end] for ids in encoded]
+        return torch.tensor([row + [self.pad] * (self.max_length - len(row)) for row in rows])
+
+    def tokens(self, text: str) -> list[str]:
+        """The text's tokens without start, end and padding; a token that ends a word ends in `</w>`."""
+        return self.backend.encode(text).tokens
+
+
+def _byte_level_bpe(vocab: Mapping[str, int], merges: Iterable[str | list[str]], unknown: str) -> Backend:
+    """CLIP's rules on a vocabulary; a merge is "a b" or, in files of recent years, ["a", "b"]."""
+    pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
+    backend = Backend(BPE(vocab, pairs, unk_token=unknown, end_of_word_suffix="</w>"))
+    blanks = normalizers.Replace(Regex(r"\s+"), " ")
+    backend.normalizer = normalizers.Sequence([normalizers.NFC(), blanks, normalizers.Lowercase()])
+    pieces = pre_tokenizers.Split(Regex(PIECE), "removed", invert=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    return backend

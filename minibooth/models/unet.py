@@ -1,0 +1,86 @@
+"""The UNet of Stable Diffusion 1 and 2: what predicts the noise (or the velocity) in a latent. Rombach et al. 2022.
+
+Shapes: B batch, C latent channels, h x w latent size, N prompt tokens, D width of their encoding.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minibooth.errors import UserError
+from minibooth.models import ops
+from minibooth.models.blocks import Block, Downsample, ResnetBlock, Transformer, Upsample
+from minibooth.models.config import UNetConfig
+
+ATTENDS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False, "CrossAttnUpBlock2D": True, "UpBlock2D": False}
+
+
+class TimestepEmbedding(nn.Module):
+    """Two linear layers over the sinusoids of t."""
+
+    def __init__(self, width: int, out: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(width, out)
+        self.linear_2 = nn.Linear(out, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class UNet(nn.Module):
+    """unet(x [B, C, h, w], t, context [B, N, D]) -> [B, 4, h, w]; t is a number, or one per sample [B]."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        widths, heads, last = config.block_out_channels, config.heads, len(config.block_out_channels) - 1
+        unknown = {*config.down_block_types, *config.up_block_types} - ATTENDS.keys()
+        if unknown:
+            raise UserError(f"UNet2DConditionModel: block type {unknown.pop()} is not supported; {', '.join(ATTENDS)} are")
+        time_width = 4 * widths[0]
+
+        def resnet(c_in: int, c_out: int) -> ResnetBlock:
+            return ResnetBlock(c_in, c_out, config.norm_num_groups, config.norm_eps, time_width)
+
+        def transformers(count: int, level: int) -> list[Transformer]:
+            shape = widths[level], heads[level], config.cross_attention_dim, config.norm_num_groups
+            return [Transformer(*shape, config.use_linear_projection, config.upcast_attention) for _ in range(count)]
+
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(widths[0], time_width)
+
+        self.down_blocks = nn.ModuleList()
+        skips = [widths[0]]  # channels of the states that the way up will read
+        for level, (width, kind) in enumerate(zip(widths, config.down_block_types, strict=True)):
+            depth = config.layers_per_block
+            resnets = [resnet(c_in, width) for c_in in [skips[-1]] + [width] * (depth - 1)]
+            attentions = transformers(depth * ATTENDS[kind], level)
+            self.down_blocks.append(Block(resnets, attentions, Downsample(width) if level < last else None))
+            skips += [width] * (depth + (level < last))
+
+        width = widths[-1]
+        self.mid_block = Block([resnet(width, width), resnet(width, width)], transformers(1, last))
+
+        self.up_blocks = nn.ModuleList()
+        for level, kind in zip(range(last, -1, -1), config.up_block_types, strict=True):
+            depth = config.layers_per_block + 1
+            inputs = [width] + [widths[level]] * (depth - 1)
+            width = widths[level]
+            resnets = [resnet(c_in + skips.pop(), width) for c_in in inputs]
+            attentions = transformers(depth * ATTENDS[kind], level)
+            self.up_blocks.append(Block(resnets, attentions, upsampler=Upsample(width) if level else None))
+
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, width, config.norm_eps)
+        self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor | float, context: Tensor) -> Tensor:
+        t = torch.as_tensor(t, device=x.device).expand(len(x))
+        time = self.time_embedding(ops.timestep_embedding(t, self.conv_in.out_channels).to(x.dtype))
+        x = self.conv_in(x)
+        skips = [x]
+        for block in self.down_blocks:
+            x = block(x, time, context, push=skips)
+        x = self.mid_block(x, time, context)
+        for block in self.up_blocks:
+            x = block(x, time, context, pop=skips)
+        return self.conv_out(ops.norm_silu(self.conv_norm_out, x))

@@ -1,0 +1,119 @@
+"""The autoencoder (KL-regularised) between pictures and latents. Rombach et al. 2022, section 3.1.
+
+Shapes: B batch, H x W picture, Z latent channels, h x w = H/f x W/f latent, f = 2^(levels - 1): 8 for SD 1 and 2.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from minibooth.models import ops
+from minibooth.models.blocks import Block, Downsample, ResnetBlock, SpatialAttention, Upsample
+from minibooth.models.config import VAEConfig
+
+EPS = 1e-6  # of every normalisation here; the UNet's resnets have 1e-5
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """The diagonal Gaussian q(z | picture) that the encoder returns; mean and std [B, Z, h, w]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """mean + std * noise, the noise drawn where the generator lives (kingma & Welling 2014, eq. 10)."""
+        device = generator.device if generator else self.mean.device
+        noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
+        return self.mean + self.std * noise.to(self.mean.device)
+
+
+class Encoder(nn.Module):
+    """Pictures [B, 3, H, W] -> moments [B, 2Z, h, w] (before the quantising convolution)."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        width, last = widths[0], len(widths) - 1
+        self.conv_in = nn.Conv2d(config.in_channels, width, 3, padding=1)
+        self.down_blocks = nn.ModuleList()
+        for level, c_out in enumerate(widths):
+            inputs = [width] + [c_out] * (config.layers_per_block - 1)
+            resnets = [ResnetBlock(c_in, c_out, groups, EPS) for c_in in inputs]
+            self.down_blocks.append(Block(resnets, (), Downsample(c_out, one_sided=True) if level < last else None))
+            width = c_out
+        self.mid_block = middle(width, groups)
+        self.conv_norm_out = nn.GroupNorm(groups, width, EPS)
+        self.conv_out = nn.Conv2d(width, 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in (*self.down_blocks, self.mid_block):
+            x = block(x)
+        return self.conv_out(ops.norm_silu(self.conv_norm_out, x))
+
+
+class Decoder(nn.Module):
+    """Latents [B, Z, h, w] -> pictures [B, 3, H, W]; one resnet more at each level than the encoder has."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        width, last = widths[0], len(widths) - 1
+        self.conv_in = nn.Conv2d(config.latent_channels, width, 3, padding=1)
+        self.mid_block = middle(width, groups)
+        self.up_blocks = nn.ModuleList()
+        for level, c_out in enumerate(widths):
+            inputs = [width] + [c_out] * config.layers_per_block
+            resnets = [ResnetBlock(c_in, c_out, groups, EPS) for c_in in inputs]
+            self.up_blocks.append(Block(resnets, upsampler=Upsample(c_out) if level < last else None))
+            width = c_out
+        self.conv_norm_out = nn.GroupNorm(groups, width, EPS)
+        self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.conv_in(z)
+        for block in (self.mid_block, *self.up_blocks):
+            x = block(x)
+        return self.conv_out(ops.norm_silu(self.conv_norm_out, x))
+
+
+def middle(width: int, groups: int) -> Block:
+    """The lowest resolution: attention between two resnets."""
+    resnets = [ResnetBlock(width, width, groups, EPS) for _ in range(2)]
+    return Block(resnets, [SpatialAttention(width, groups)])
+
+
+class VAE(nn.Module):
+    """encode: pictures in [-1, 1] -> Posterior; decode: latents as encode gives them -> pictures.
+
+    The diffusion model sees latents times `scaling_factor`, which is the caller's to apply.
+    """
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+
+    @property
+    def scaling_factor(self) -> float:
+        """What brings the latents to about unit variance."""
+        return self.config.scaling_factor
+
+    @property
+    def factor(self) -> int:
+        """Picture pixels per latent pixel, along a side."""
+        return 2 ** (len(self.config.block_out_channels) - 1)
+
+    def encode(self, images: Tensor) -> Posterior:
+        """[B, 3, H, W] in [-1, 1] -> the posterior over [B, Z, h, w]."""
+        mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
+        return Posterior(mean, torch.exp(0.5 * logvar.clamp(-30, 20)))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """[B, Z, h, w] -> [B, 3, H, W], nominally in [-1, 1]."""
+        return self.decoder(self.post_quant_conv(latents))
