@@ -1,7 +1,7 @@
-"""CLIP's tokenizer: lower-cased, byte-level BPE (Radford et al. 2021, arXiv 2103.00020; openai/CLIP clip/simple_tokenizer.py).
+"""CLIP's tokenizer: lower-cased, byte-level BPE (openai/CLIP, clip/simple_tokenizer.py; arXiv 2103.00020, section 2.4).
 
-It reads the files of a published `tokenizer/` folder and gives the ids of transformers' CLIPTokenizer on that folder. OpenAI's
-own code first repairs broken unicode (ftfy) and unescapes HTML entities, so that rare text has other ids there.
+It reads the files of a published `tokenizer/` folder and gives the ids of transformers' CLIPTokenizer on that folder.
+OpenAI's own code first repairs broken unicode (ftfy) and unescapes HTML entities: there such text has other ids.
 """
 
 import json
@@ -12,6 +12,8 @@ from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 from torch import Tensor
+
+from minibooth.errors import UserError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 SPECIAL = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}  # where the folder does not say
@@ -30,14 +32,14 @@ class Tokenizer:
     def from_files(cls, files: Mapping[str, bytes]) -> "Tokenizer":
         """Build from a folder's files, name to content: vocab.json and merges.txt or tokenizer.json, then its settings.
 
-        Raises ValueError if the vocabulary is missing or does not hold a special token.
+        Raises UserError if the vocabulary is missing or does not hold a special token.
         """
         parsed = {name: json.loads(data) for name, data in files.items() if name.endswith(".json")}
         whole, config = parsed.get("tokenizer.json", {}), parsed.get("tokenizer_config.json", {})
         if whole:
             vocab, merges = whole["model"]["vocab"], whole["model"]["merges"]
         elif missing := [name for name in ("vocab.json", "merges.txt") if name not in files]:
-            raise ValueError(f"the tokenizer's folder lacks {' and '.join(missing)} (tokenizer.json would do instead)")
+            raise UserError(f"the tokenizer's folder lacks {' and '.join(missing)} (tokenizer.json would do instead)")
         else:
             vocab, merges = parsed["vocab.json"], files["merges.txt"].decode().splitlines()
             merges = [line for line in merges if line and not line.startswith("#version")]
@@ -46,22 +48,18 @@ class Tokenizer:
             added = [{**token, "id": int(id)} for id, token in config["added_tokens_decoder"].items()]
         else:  # the older way, in which the map overrules the configuration
             added, config = whole.get("added_tokens", []), config | parsed.get("special_tokens_map.json", {})
-        special = {role: config.get(role) or default for role, default in SPECIAL.items()}
-        special = {
-            role: {"content": t, "normalized": False} if isinstance(t, str) else t for role, t in special.items()
-        }
+        special = {role: _entry(config.get(role) or default) for role, default in SPECIAL.items()}
         name = {role: token["content"] for role, token in special.items()}
         listed = {token["content"] for token in added}
         if unknown := sorted(set(name.values()) - vocab.keys() - listed):
-            raise ValueError(f"the tokenizer's vocabulary lacks the special token {' and '.join(unknown)}")
+            raise UserError(f"the tokenizer's vocabulary lacks the special token {' and '.join(unknown)}")
 
         backend = _byte_level_bpe(vocab, merges, name["unk_token"])
-        # Added tokens are found in the text before it is cut. SD 2's padding is one: its "!" is id 0 in a prompt too, though
+        # Added tokens are found in the text before it is cut. SD 2 pads with one: "!" is id 0 in a prompt too, though
         # OpenCLIP, which trained that text encoder, reads "!</w>" there (huggingface/diffusers#4153).
-        added = sorted(added, key=lambda token: token["id"]) + [
-            t for t in special.values() if t["content"] not in listed
-        ]
-        backend.add_tokens([AddedToken(t["content"], normalized=t.get("normalized", True)) for t in added])
+        added = sorted(added, key=lambda token: token["id"])
+        added += [token for token in special.values() if token["content"] not in listed]
+        backend.add_tokens([AddedToken(token["content"], normalized=token["normalized"]) for token in added])
 
         length = config.get("model_max_length", MAX_LENGTH)
         length = length if length < 1e6 else MAX_LENGTH  # transformers writes 1e30 where none was set
@@ -76,6 +74,11 @@ class Tokenizer:
     def tokens(self, text: str) -> list[str]:
         """The text's tokens without start, end and padding; a token that ends a word ends in `</w>`."""
         return self.backend.encode(text).tokens
+
+
+def _entry(token: str | dict) -> dict:
+    """A special token as the files' long form has it."""
+    return {"content": token, "normalized": False} if isinstance(token, str) else token
 
 
 def _byte_level_bpe(vocab: Mapping[str, int], merges: Iterable[str | list[str]], unknown: str) -> Backend:

@@ -1,0 +1,8 @@
+"""minibooth: DreamBooth for Stable Diffusion (arXiv 2208.12242) in pure PyTorch.
+
+Floors, from the ground: models, checkpoint, diffusion, dreambooth, and the commands (python -m minibooth.<command>).
+"""
+
+from minibooth.diffusion import load as load
+from minibooth.diffusion.samplers import sample as sample
+from minibooth.diffusion.scheduler import DDPMScheduler as DDPMScheduler

@@ -1,0 +1,152 @@
+"""Safetensors and small files, in and out. Nothing is ever unpickled, no name in an index leaves its folder, and whatever
+is written appears under its name only when it is whole.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minibooth.errors import UserError
+
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+
+
+class Tensors(Mapping[str, Tensor]):
+    """The tensors of one or several safetensors files as a mapping from name to tensor, each mapped from disk when asked for.
+
+    The files stay open, so they can be read even after somebody has moved or replaced them.
+    """
+
+    def __init__(self, files: list[Path]):
+        self._owner = {}
+        for path in files:
+            try:
+                handle = safetensors.safe_open(path, framework="pt")
+            except (safetensors.SafetensorError, OSError) as error:
+                raise UserError(f"{path} is not a whole safetensors file ({error}); download or convert it again") from None
+            self._owner |= dict.fromkeys(handle.keys(), handle)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._owner[name].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._owner)
+
+    def __len__(self) -> int:
+        return len(self._owner)
+
+
+class Renamed(Mapping[str, Tensor]):
+    """A mapping of tensors under other names: {name here: name there}."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], names: Mapping[str, str]):
+        self._tensors, self._names = tensors, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def weights_of(folder: Path, stem: str, variant: str | None = None) -> Tensors:
+    """Open `stem[.variant].safetensors` of a folder, or the shards that its index lists.
+
+    Raises UserError where there is none (naming the variants or the pickle found instead), where a shard is missing or lies
+    outside the folder, or where a file is damaged.
+    """
+    infix = f".{variant}" if variant else ""
+    single, index = folder / f"{stem}{infix}.safetensors", folder / f"{stem}.safetensors.index{infix}.json"
+    if single.is_file():
+        return Tensors([single])
+    if index.is_file():
+        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+        for shard in shards:
+            if shard != Path(shard).name or shard == "..":
+                raise UserError(f"{index} points outside its folder ({shard}); do not use this checkpoint")
+            if not (folder / shard).is_file():
+                raise UserError(f"{folder / shard} is missing, though {index.name} lists it; download it again")
+        return Tensors([folder / shard for shard in shards])
+    found = sorted(path.name for path in folder.glob("*") if path.suffix in {".safetensors", *PICKLES})
+    if found and all(name.endswith(PICKLES) for name in found):
+        raise UserError(f"{folder} holds only a pickle ({found[0]}), which is never opened here; convert it to safetensors")
+    others = sorted({name.removeprefix(f"{stem}.").split(".")[0].split("-")[0] for name in found if name.startswith(f"{stem}.")})
+    remedy = f"; there is a variant {', '.join(v or 'without a name' for v in others)}: see --variant" if others else ""
+    raise UserError(f"{single} is missing{remedy}")
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file's object. Raises UserError where it is missing or damaged."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing")
+    return parse_json(path.read_bytes(), path)
+
+
+def parse_json(data: bytes, name: Path | str) -> dict:
+    """The object that JSON text holds; `name` is for the error."""
+    try:
+        parsed = json.loads(data)
+    except ValueError as error:
+        raise UserError(f"{name} is not valid JSON ({error})") from None
+    if not isinstance(parsed, dict):
+        raise UserError(f"{name} holds no JSON object")
+    return parsed
+
+
+def write_weights(path: Path, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor] | None = None) -> None:
+    """Write one safetensors file; each tensor in the dtype that `like` has it in."""
+    ready = {}
+    for name, tensor in tensors.items():
+        dtype = like[name].dtype if like and name in like else tensor.dtype
+        ready[name] = tensor.detach().to("cpu", dtype).contiguous()
+    with replacing(path) as temporary:
+        save_file(ready, temporary, metadata={"format": "pt"})
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Hands out a temporary name beside `path` for a file or a folder to be made there, and moves it into place at the end.
+
+    A folder that is there already keeps what the new one does not have; everything else is replaced entry by entry.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield scratch / path.name
+        move(scratch / path.name, path, scratch)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def move(new: Path, path: Path, scratch: Path) -> None:
+    """Put a finished file or folder where `path` is; what it replaces waits in `scratch` until all is done."""
+    if not path.is_dir():
+        os.replace(new, path)
+        return
+    for entry in sorted(new.iterdir(), key=lambda entry: entry.is_file()):  # the files of the top level last
+        if (path / entry.name).is_dir():
+            os.rename(path / entry.name, scratch / f"old-{entry.name}")
+        os.replace(entry, path / entry.name)
+
+
+def hash_of(tensors: Mapping[str, Tensor]) -> str:
+    """A short fingerprint of weights: equal for equal names and bits. Samples a stride of each tensor, to be quick at any size."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        flat = tensors[name].detach().flatten()
+        flat = flat[:: max(1, len(flat) // 1024)].contiguous().view(torch.uint8).cpu()
+        digest.update(name.encode() + flat.numpy().tobytes())
+    return digest.hexdigest()[:16]

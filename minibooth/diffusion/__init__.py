@@ -1,0 +1,27 @@
+"""How pictures appear: the noise schedule, the samplers, and the pipelines that draw with them."""
+
+from pathlib import Path
+
+import torch
+
+from minibooth.checkpoint.load import Source
+from minibooth.diffusion.text_to_image import StableDiffusion
+
+PIPELINES = {"StableDiffusionPipeline": StableDiffusion}
+
+
+def load(
+    source: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    variant: str | None = None,
+    prediction_type: str | None = None,
+    revision: str | None = None,
+) -> StableDiffusion:
+    """A ready pipeline from a folder in the diffusers layout, or from "owner/name" on the hub.
+
+    variant: the infix of the files to read, such as fp16. prediction_type: overrules the folder's "epsilon" or
+    "v_prediction". revision: the hub's branch, tag or commit. Raises UserError for what cannot be opened.
+    """
+    opened = Source.open(source, variant, revision)
+    return PIPELINES[opened.kind].build(opened, dtype, device, prediction_type)

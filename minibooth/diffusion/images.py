@@ -1,0 +1,48 @@
+"""Pictures out: tensors to PIL images, contact sheets, and PNG files that are whole or not there."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+GAP = 4  # pixels between the pictures of a grid
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB picture as float32 [3, H, W]: black is exactly -1, white exactly 1."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """[3, H, W] in [-1, 1], of any float type and device, as an RGB picture; values beyond the range are clamped."""
+    levels = ((pixels.detach().float() + 1) * 127.5).round().clamp(0, 255)
+    return Image.fromarray(levels.byte().permute(1, 2, 0).cpu().numpy())
+
+
+def grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
+    """A white contact sheet, row by row, with cells as large as the largest picture."""
+    columns = min(columns, len(images))
+    width, height = (GAP + max(sizes) for sizes in zip(*(image.size for image in images), strict=True))
+    sheet = Image.new("RGB", (columns * width - GAP, math.ceil(len(images) / columns) * height - GAP), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % columns * width, i // columns * height))
+    return sheet
+
+
+def save_png(image: Image.Image, path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a PNG with `metadata` as its text chunks; a failure leaves what was there before."""
+    chunks = PngInfo()
+    for key, text in metadata.items():
+        chunks.add_text(key, text)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        image.save(temporary, format="PNG", pnginfo=chunks)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,48 @@
+"""Randomness as an argument: generators keyed by what they are for, and the normals they draw.
+
+Noise is always drawn in float32 on the CPU and moved afterwards, so that a seed means the same picture on every device
+and in every precision. One generator per sample, keyed by (seed, step, sample), makes a sample's noise independent of
+its batch and of the number of processes.
+
+B is the batch size.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+def generator(seed: int, *key: int | str) -> torch.Generator:
+    """A CPU generator that depends on nothing but `seed` and `key`: generator(0, "noise", step, sample).
+
+    Keys differ by type, order and boundaries (1 is not "1"; "ab" is not "a", "b") and are hashed with SHA-256, so that
+    two keys give unrelated streams, the same ones in every process. Raises TypeError for a part that is neither int nor
+    str: its text might change from one run to the next.
+    """
+    for part in (seed, *key):
+        if type(part) not in (int, str):
+            raise TypeError(f"a generator's key takes int and str, not {part!r} ({type(part).__name__})")
+    digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))  # torch keeps 32 bits of a CPU seed
+
+
+def gaussian(
+    shape: Sequence[int],
+    generators: Generators = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Standard normals of `shape`, [B, ...], on `device` in `dtype`.
+
+    generators: None (torch's global one), one CPU generator for the whole tensor, or a sequence of B, one per sample.
+    Raises ValueError if their number is not B.
+    """
+    if generators is None or isinstance(generators, torch.Generator):
+        return torch.randn(*shape, generator=generators).to(device, dtype)
+    if len(generators) != shape[0]:
+        raise ValueError(f"{len(generators)} generators for a batch of {shape[0]}: give one, or one per sample")
+    return torch.cat([torch.randn(1, *shape[1:], generator=each) for each in generators]).to(device, dtype)

@@ -1,0 +1,198 @@
+"""The noise schedule: how much of a picture is left at each timestep, and what the network is asked to predict there.
+
+The forward process of Ho et al. 2020 (arXiv 2006.11239) in closed form, eq. 4, with a_t = prod_{s<=t} (1 - beta_s):
+
+    x_t = sqrt(a_t) x0 + sqrt(1 - a_t) noise        SNR(t) = a_t / (1 - a_t)
+
+The network predicts the noise ("epsilon") or the velocity of Salimans & Ho 2022 (arXiv 2202.00512, appendix D),
+v = sqrt(a_t) noise - sqrt(1 - a_t) x0. A scheduler_config.json of any class will do: all describe this one process, and
+differ in the sampler they were saved from and in the defaults of the keys they leave out.
+
+Shapes: B batch; T `num_train_timesteps`; x0 and noise [B, ...]; t LongTensor [B] in 0 .. T-1, on any device.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from minibooth.errors import UserError
+
+# The keys that are read, with the defaults of diffusers' DDPMScheduler; then, by class, where others' defaults differ.
+DEFAULTS: dict[str, Any] = dict(
+    num_train_timesteps=1000, beta_schedule="linear", beta_start=0.0001, beta_end=0.02, trained_betas=None,
+    rescale_betas_zero_snr=False, prediction_type="epsilon", timestep_spacing="leading", steps_offset=0,
+    set_alpha_to_one=True, clip_sample=True, clip_sample_range=1.0, variance_type="fixed_small",
+)  # fmt: skip
+_SIGMAS = dict(clip_sample=False, timestep_spacing="linspace")
+CLASSES: dict[str, dict[str, Any]] = {
+    "DDPM": {}, "DDIM": {}, "PNDM": dict(clip_sample=False, set_alpha_to_one=False),
+    **dict.fromkeys(("EulerDiscrete", "EulerAncestralDiscrete", "LMSDiscrete", "DPMSolverMultistep",
+                     "DPMSolverSinglestep", "DEISMultistep", "UniPCMultistep"), _SIGMAS),
+    **dict.fromkeys(("HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverSDE"),
+                    _SIGMAS | dict(beta_start=0.00085, beta_end=0.012)),
+}  # fmt: skip
+# What the other keys must say: one of these; or, if they stand in neither table, nothing (false, null, 0, empty).
+NEUTRAL: dict[str, tuple[Any, ...]] = dict(
+    algorithm_type=("dpmsolver++", "deis"), solver_type=("midpoint", "logrho", "bh1", "bh2"), solver_order=(2,),
+    final_sigmas_type=("zero",), interpolation_type=("linear",), timestep_type=("discrete",),
+    lambda_min_clipped=(-math.inf,), predict_epsilon=(True,),
+)  # fmt: skip
+# Parameters of what is off, and settings of samplers that are not here.
+IGNORED = frozenset({
+    "dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type", "skip_prk_steps", "predict_x0",
+    "lower_order_final", "euler_at_final", "noise_sampler_seed", "tensor_format",
+})  # fmt: skip
+
+
+def _linear(start: float, end: float, T: int) -> Tensor:
+    return torch.linspace(start, end, T)
+
+
+def _scaled_linear(start: float, end: float, T: int) -> Tensor:
+    """What LDM's own files call "linear"."""
+    return torch.linspace(start**0.5, end**0.5, T) ** 2
+
+
+def _cosine(start: float, end: float, T: int) -> Tensor:
+    """Nichol & Dhariwal 2021 (arXiv 2102.09672) eq. 17; start and end play no part."""
+    a = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2) ** 2
+    return (1 - a[1:] / a[:-1]).clamp(max=0.999).float()
+
+
+BETAS: dict[str, Callable[[float, float, int], Tensor]] = {
+    "linear": _linear, "scaled_linear": _scaled_linear, "squaredcos_cap_v2": _cosine,
+}  # fmt: skip
+
+
+def _leading(T: int, steps: int, offset: int) -> Tensor:
+    return torch.arange(steps, dtype=torch.float64).flip(0) * (T // steps) + offset
+
+
+def _trailing(T: int, steps: int, offset: int) -> Tensor:
+    stride = (T - T / steps) - T  # not -T / steps: the last bit decides how halves round, and this is numpy's arange
+    return (T + torch.arange(steps, dtype=torch.float64) * stride).round() - 1
+
+
+def _linspace(T: int, steps: int, offset: int) -> Tensor:
+    return (torch.arange(steps, dtype=torch.float64).flip(0) * ((T - 1) / max(steps - 1, 1))).clamp(max=T - 1)
+
+
+SPACINGS: dict[str, Callable[[int, int, int], Tensor]] = {
+    "leading": _leading, "trailing": _trailing, "linspace": _linspace,
+}  # fmt: skip
+
+
+CHOICES: dict[str, Iterable[str]] = dict(
+    beta_schedule=BETAS, timestep_spacing=SPACINGS, prediction_type=("epsilon", "v_prediction"),
+    variance_type=("fixed_small", "fixed_small_log", "fixed_large"),
+)  # fmt: skip
+
+
+def _read(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A value for every key of DEFAULTS; ValueError for what would otherwise go wrong in silence."""
+    name = config.get("_class_name", "DDPMScheduler")
+    if name.removesuffix("Scheduler") not in CLASSES:
+        raise UserError(f"scheduler_config.json: _class_name={name!r} is not supported; {', '.join(CLASSES)} are")
+    values = DEFAULTS | CLASSES[name.removesuffix("Scheduler")]
+    for key, value in config.items():
+        if key in DEFAULTS:
+            values[key] = values[key] if value is None else value
+        elif key in NEUTRAL:
+            if value is not None and value not in NEUTRAL[key]:
+                raise UserError(f"scheduler_config.json: {key}={value!r} is not supported; {NEUTRAL[key][0]!r} is")
+        elif value and key not in IGNORED and not key.startswith("_"):
+            raise UserError(f"scheduler_config.json: {key}={value!r} is not supported; turn it off or remove it")
+    for key, choices in CHOICES.items():
+        if values[key] not in choices:
+            raise UserError(f"scheduler_config.json: {key}={values[key]!r} is not supported; {', '.join(choices)} are")
+    return values
+
+
+class DDPMScheduler:
+    """One model's noise schedule, as its scheduler_config.json describes it; the samplers walk along it.
+
+    config: the file's content, untouched. alphas_cumprod: a_t, float32 [T], on the device of its last use.
+    final_alpha_cumprod: what ddim and pndm take for a_t before the first timestep, 1 or a_0. clip: the bound on ddpm's
+    and ddim's x0, infinite for latents. prediction_type, timestep_spacing, steps_offset, variance_type: as in the file.
+    Raises ValueError, with the key, for a setting that would change results and is not implemented.
+    """
+
+    def __init__(self, config: Mapping[str, Any]):
+        self.config = dict(config)
+        values = _read(config)
+        self.num_train_timesteps: int = values["num_train_timesteps"]
+        self.prediction_type: str = values["prediction_type"]
+        self.timestep_spacing: str = values["timestep_spacing"]
+        self.steps_offset: int = values["steps_offset"]
+        self.variance_type: str = values["variance_type"]
+        self.clip: float = values["clip_sample_range"] if values["clip_sample"] else math.inf
+
+        if values["trained_betas"] is not None:
+            betas = torch.tensor(values["trained_betas"], dtype=torch.float32)
+        else:
+            schedule = BETAS[values["beta_schedule"]]
+            betas = schedule(values["beta_start"], values["beta_end"], self.num_train_timesteps)
+        if len(betas) != self.num_train_timesteps:
+            raise ValueError(f"{len(betas)} trained_betas for num_train_timesteps={self.num_train_timesteps}")
+        self.alphas_cumprod = torch.cumprod(1 - betas, 0)
+        if values["rescale_betas_zero_snr"]:
+            # Lin et al. 2023 (arXiv 2305.08891) alg. 1: shift sqrt(a) to end at zero, scale it to start where it did.
+            root = self.alphas_cumprod.sqrt()
+            self.alphas_cumprod = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+        self.final_alpha_cumprod: float = 1.0 if values["set_alpha_to_one"] else self.alphas_cumprod[0].item()
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """The scheduler that a scheduler_config.json's content describes, whichever class wrote it."""
+        return cls(config)
+
+    def _at(self, t: Tensor, device: torch.device) -> Tensor:
+        self.alphas_cumprod = self.alphas_cumprod.to(device)  # kept there: a copy every step would stall the device
+        return self.alphas_cumprod[t.to(device)]
+
+    def _scales(self, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(a_t) and sqrt(1 - a_t) as [B, 1, ...] in x0's dtype."""
+        a = self._at(t, x0.device).reshape(-1, *(1,) * (x0.dim() - 1))
+        return a.sqrt().to(x0.dtype), (1 - a).sqrt().to(x0.dtype)
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t, in x0's dtype and on its device (Ho et al. 2020, eq. 4)."""
+        signal, scale = self._scales(x0, t)
+        return signal * x0 + scale * noise
+
+    def velocity(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """v_t = dx/dphi at the angle phi whose cosine is sqrt(a_t) (Salimans & Ho 2022), in x0's dtype."""
+        signal, scale = self._scales(x0, t)
+        return signal * noise - scale * x0
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the network should say of x_t: the noise or the velocity."""
+        return noise if self.prediction_type == "epsilon" else self.velocity(x0, noise, t)
+
+    def snr(self, t: Tensor) -> Tensor:
+        """a_t / (1 - a_t), float32 [B]: zero, never nan, at the end of a schedule rescaled to zero terminal SNR."""
+        a = self._at(t, t.device)
+        return a / (1 - a)
+
+    def times(self, steps: int) -> Tensor:
+        """Where a sampler of `steps` steps evaluates the network, float64 [steps], falling; fractional for linspace.
+
+        Raises ValueError if the schedule has no room for so many.
+        """
+        T = self.num_train_timesteps
+        if not 1 <= steps <= T:
+            raise ValueError(f"cannot place {steps} steps on a schedule of {T} timesteps: take 1 to {T}")
+        times = SPACINGS[self.timestep_spacing](T, steps, self.steps_offset)
+        if times[0] > T - 1:
+            offset = f"steps_offset={self.steps_offset}"
+            raise ValueError(
+                f"{steps} steps with {offset} start past the schedule's last timestep, {T - 1}: take fewer"
+            )
+        return times
+
+    def timesteps(self, steps: int) -> Tensor:
+        """`times`, rounded: LongTensor [steps], falling."""
+        return self.times(steps).round().long()

@@ -1,0 +1,111 @@
+"""Pictures in: a folder's photographs, upright and in RGB, cut to squares (the 3-5 pictures of arXiv 2208.12242)."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from minibooth.diffusion.images import to_tensor
+from minibooth.errors import UserError
+
+INTERPOLATION = {
+    name: Image.Resampling[name.upper()] for name in ("lanczos", "bilinear", "bicubic", "box", "hamming", "nearest")
+}
+# Photographs that Pillow cannot open. A camera's raw file may open all the same: as a TIFF that holds the thumbnail.
+RAW = {".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".rw2"}
+UNREADABLE = {".heic", ".heif", ".jxl"} | RAW
+
+
+class Crop(NamedTuple):
+    """A square cut from a picture; the two pairs are what SDXL is told about it, rows first."""
+
+    pixels: Tensor  # [3, resolution, resolution] in [-1, 1]
+    original_size: tuple[int, int]  # height and width before resizing
+    top_left: tuple[int, int]  # pixels cut off above and to the left, after resizing and mirroring
+
+
+def find_pictures(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The pictures of a folder and what was skipped, both sorted by name; sub-folders are not entered.
+
+    A file is a picture if it decodes, whatever its name. Raises UserError for one that does not but is a picture by its
+    name or its first bytes, and for a folder that is missing or holds no picture.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no such folder of pictures: {folder}")
+    pictures, skipped = [], []
+    for path in sorted(folder.iterdir()):
+        (pictures if _is_picture(path) else skipped).append(path)
+    if not pictures:
+        raise UserError(f"no picture in {folder}: put JPEG or PNG files there")
+    return pictures, skipped
+
+
+def _is_picture(path: Path) -> bool:
+    if path.name.startswith(".") or not path.is_file():
+        return False
+    try:
+        open_picture(path)
+    except UserError as error:
+        extensions = Image.registered_extensions()
+        named_so = path.suffix.lower() in UNREADABLE or extensions.get(path.suffix.lower()) in Image.OPEN
+        if named_so or not isinstance(error.__cause__, UnidentifiedImageError):
+            raise
+        return False
+    return True
+
+
+def open_picture(path: Path) -> Image.Image:
+    """Decode a picture's first frame, upright, over white, as 8-bit RGB. Raises UserError if that cannot be done."""
+    try:
+        with Image.open(path) as image:
+            if image.format == "TIFF" and path.suffix.lower() in RAW:
+                raise ValueError("a camera's raw file")
+            return _rgb(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError as error:
+        raise UserError(
+            f"picture {path} is too large: make it smaller than {2 * Image.MAX_IMAGE_PIXELS} pixels"
+        ) from error
+    except Exception as error:  # Pillow's decoders raise nearly anything on broken files
+        raise UserError(f"cannot read picture {path} ({error}): convert it to JPEG or PNG, or remove it") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):  # Pillow would clip these to 8 bits
+        levels = np.asarray(image)
+        if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
+            raise ValueError("grey levels of unknown range")
+        image = Image.fromarray((levels / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def crop(
+    picture: Image.Image,
+    resolution: int,
+    center: bool,
+    flip: bool,
+    generator: torch.Generator,
+    interpolation: str = "lanczos",
+) -> Crop:
+    """Resize an RGB picture's short side to `resolution`, then cut a square out, at the centre or anywhere.
+
+    With `flip` every other square is mirrored. The generator (on the CPU) moves on by the same three draws whatever the
+    options.
+    """
+    width, height = picture.size
+    short = min(width, height)
+    size = wide, high = width * resolution // short, height * resolution // short
+    down, right, coin = torch.rand(3, generator=generator).tolist()
+    if center:
+        top, left = round((high - resolution) / 2), round((wide - resolution) / 2)
+    else:
+        top, left = int(down * (high - resolution + 1)), int(right * (wide - resolution + 1))
+    square = picture.resize(size, INTERPOLATION[interpolation]).crop((left, top, left + resolution, top + resolution))
+    if flip and coin < 0.5:
+        square, left = ImageOps.mirror(square), wide - resolution - left
+    return Crop(to_tensor(square), (height, width), (top, left))
