@@ -9,7 +9,6 @@ import torch
 from minibooth.diffusion.scheduler import BETAS, CLASSES, DEFAULTS, SPACINGS, DDPMScheduler
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-LEFT_OUT = object()
 
 # As published: SD 1, SD 2, XL and the x4 upscaler with the schedule of its low-resolution picture.
 PUBLISHED = [
@@ -28,11 +27,11 @@ PUBLISHED = [
     "beta_schedule": "scaled_linear", "clip_sample": true, "num_train_timesteps": 1000, "prediction_type": "epsilon",
     "trained_betas": null, "variance_type": "fixed_small"}""",
     """{"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver++", "beta_end": 0.012,
-    "beta_schedule": "scaled_linear", "beta_start": 0.00085, "dynamic_thresholding_ratio": 0.995, "euler_at_final": false,
-    "final_sigmas_type": "zero", "lambda_min_clipped": -Infinity, "lower_order_final": true, "num_train_timesteps": 1000,
-    "prediction_type": "epsilon", "sample_max_value": 1.0, "set_alpha_to_one": false, "skip_prk_steps": true,
-    "solver_order": 2, "solver_type": "midpoint", "steps_offset": 1, "thresholding": false, "timestep_spacing": "leading",
-    "trained_betas": null, "use_karras_sigmas": false, "use_lu_lambdas": false, "variance_type": null}""",
+    "beta_schedule": "scaled_linear", "beta_start": 0.00085, "dynamic_thresholding_ratio": 0.995, "solver_order": 2,
+    "euler_at_final": false, "final_sigmas_type": "zero", "lambda_min_clipped": -Infinity, "lower_order_final": true,
+    "num_train_timesteps": 1000, "prediction_type": "epsilon", "sample_max_value": 1.0, "set_alpha_to_one": false,
+    "skip_prk_steps": true, "solver_type": "midpoint", "steps_offset": 1, "thresholding": false, "variance_type": null,
+    "timestep_spacing": "leading", "trained_betas": null, "use_karras_sigmas": false, "use_lu_lambdas": false}""",
 ]  # fmt: skip
 
 
@@ -109,10 +108,10 @@ def test_tables_follow_the_input():
     x0, noise, t = batch()
     here = scheduler.add_noise(x0, noise, t), scheduler.velocity(x0, noise, t), scheduler.snr(t)
     x0, noise = x0.cuda(), noise.cuda()
-    for t in (t.cuda(), t):  # noqa: B020
-        assert torch.allclose(scheduler.add_noise(x0, noise, t).cpu(), here[0], atol=1e-6)
-        assert torch.allclose(scheduler.velocity(x0, noise, t).cpu(), here[1], atol=1e-6)
-        assert torch.allclose(scheduler.snr(t).cpu(), here[2])
+    for times in (t.cuda(), t):
+        assert torch.allclose(scheduler.add_noise(x0, noise, times).cpu(), here[0], atol=1e-6)
+        assert torch.allclose(scheduler.velocity(x0, noise, times).cpu(), here[1], atol=1e-6)
+        assert torch.allclose(scheduler.snr(times).cpu(), here[2])
 
 
 @pytest.mark.parametrize("text", PUBLISHED, ids=["sd1", "sd2", "xl", "x4", "dpm"])
@@ -136,9 +135,9 @@ def test_a_file_may_leave_everything_out():
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "_class_name='FlowMatchEulerDiscreteScheduler' is not supported"),
+    ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "_class_name='FlowMatchEulerDiscreteScheduler' is not"),
     ({"prediction_type": "sample"}, "prediction_type='sample' is not supported; epsilon, v_prediction are"),
-    ({"beta_schedule": "sigmoid"}, "beta_schedule='sigmoid' is not supported; linear, scaled_linear, squaredcos_cap_v2"),
+    ({"beta_schedule": "sigmoid"}, "beta_schedule='sigmoid' is not supported; linear, scaled_linear, squared"),
     ({"timestep_spacing": "log"}, "timestep_spacing='log' is not supported; leading, trailing, linspace are"),
     ({"variance_type": "learned_range"}, "variance_type='learned_range'"),
     ({"thresholding": True}, "thresholding=True is not supported"),
@@ -146,7 +145,7 @@ def test_a_file_may_leave_everything_out():
     ({"use_exponential_sigmas": True}, "use_exponential_sigmas=True"),
     ({"sigma_max": 700.0}, "sigma_max=700.0"),
     ({"solver_order": 3}, "solver_order=3 is not supported; 2 is"),
-    ({"algorithm_type": "sde-dpmsolver++"}, "algorithm_type='sde-dpmsolver\\+\\+' is not supported; 'dpmsolver\\+\\+' is"),
+    ({"algorithm_type": "sde-dpmsolver++"}, "algorithm_type='sde-dpmsolver.*is not supported; 'dpmsolver.*is"),
     ({"final_sigmas_type": "sigma_min"}, "final_sigmas_type='sigma_min'"),
     ({"interpolation_type": "log_linear"}, "interpolation_type='log_linear'"),
     ({"lambda_min_clipped": -5.1}, "lambda_min_clipped=-5.1"),
@@ -180,7 +179,7 @@ def test_defaults_are_those_of_the_class(name, diffusers):
 def test_numbers_are_diffusers(schedule, prediction, zero_snr, diffusers):
     settings = SD | {"beta_schedule": schedule, "prediction_type": prediction, "rescale_betas_zero_snr": zero_snr}
     ours, theirs = DDPMScheduler.from_config(settings), diffusers.DDPMScheduler.from_config(settings)
-    torch.testing.assert_close(ours.alphas_cumprod, theirs.alphas_cumprod, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.alphas_cumprod, theirs.alphas_cumprod, rtol=1e-6, atol=1e-12)
     x0, noise, t = batch(size=64)
     torch.testing.assert_close(ours.add_noise(x0, noise, t), theirs.add_noise(x0, noise, t), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(ours.velocity(x0, noise, t), theirs.get_velocity(x0, noise, t), rtol=1e-6, atol=1e-6)
@@ -198,6 +197,6 @@ def test_timesteps_are_diffusers(spacing, diffusers):
     ours, theirs = DDPMScheduler.from_config(settings), diffusers.DDIMScheduler.from_config(settings)
     for steps in range(1, 1000):
         theirs.set_timesteps(steps)
-        # Where 1000 / steps rounds down, numpy's arange gives trailing one timestep too many, -1. Ours has what was asked for.
+        # Where 1000 / steps rounds down, numpy's arange adds one timestep too many, -1; ours are as many as asked.
         extra = spacing == "trailing" and theirs.timesteps[-1] == -1
         assert torch.equal(ours.timesteps(steps), theirs.timesteps[:-1] if extra else theirs.timesteps)

@@ -99,6 +99,7 @@ SETTINGS = {
     "SD 1": (TYPED | {"pad_token": END, "model_max_length": 77}, MAP | {"pad_token": END}),
     "SD 2": (TYPED | {"pad_token": END, "model_max_length": 77}, MAP | {"pad_token": "!"}),
     "SD 2, map only": (None, MAP | {"pad_token": long_form("!", False)}),
+    "SD 2, terse map": (None, {"pad_token": {"content": "!"}, "eos_token": {"content": END}}),
     "SD 2, config only": ({"pad_token": "!", "bos_token": START, "eos_token": END, "unk_token": END}, None),
     "XL": ({"added_tokens_decoder": DECODER, "pad_token": "!", "bos_token": START, "eos_token": END}, MAP),
     "a new token": ({"added_tokens_decoder": [*DECODER, ("<sks-dog>", False)], "pad_token": END}, None),

@@ -117,29 +117,32 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], like: Mapping[str, 
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Hands out a temporary name beside `path` for a file or a folder to be made there, and moves it into place at the end.
+def replacing(path: Path, merge: bool = False) -> Iterator[Path]:
+    """Hands out a temporary name for a file or a folder to be made there, and moves it to `path` at the end.
 
-    A folder that is there already keeps what the new one does not have; everything else is replaced entry by entry.
+    What is there is replaced as a whole; with `merge`, a folder's entries one by one, so that its others stay.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    merge = merge and path.is_dir()
+    parent = path if merge else path.parent  # a folder may be a mount: what moves into it must be made in it
+    parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=parent))
+    new = scratch / "new"
     try:
-        yield scratch / path.name
-        move(scratch / path.name, path, scratch)
+        yield new
+        moves = [(new, path)]
+        if merge:  # folders first, so that a checkpoint's model_index.json comes last
+            moves = [(entry, path / entry.name) for entry in sorted(new.iterdir(), key=Path.is_file)]
+        with contextlib.ExitStack() as undo:  # where a move fails, the others are taken back
+            for source, target in moves:
+                if target.is_dir() or (merge and target.exists()):
+                    old = scratch / f"old-{target.name}"
+                    os.rename(target, old)
+                    undo.callback(os.rename, old, target)
+                os.replace(source, target)
+                undo.callback(os.rename, target, source)
+            undo.pop_all()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def move(new: Path, path: Path, scratch: Path) -> None:
-    """Put a finished file or folder where `path` is; what it replaces waits in `scratch` until all is done."""
-    if not path.is_dir():
-        os.replace(new, path)
-        return
-    for entry in sorted(new.iterdir(), key=lambda entry: entry.is_file()):  # the files of the top level last
-        if (path / entry.name).is_dir():
-            os.rename(path / entry.name, scratch / f"old-{entry.name}")
-        os.replace(entry, path / entry.name)
 
 
 def hash_of(tensors: Mapping[str, Tensor]) -> str:

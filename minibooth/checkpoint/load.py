@@ -129,7 +129,7 @@ class Source:
         index = self.json("model_index.json")
         kept = {path.split("/")[0] for path in self.files} - {"safety_checker", "image_encoder"}
         index = {key: [None, None] if isinstance(x, list) and key not in kept else x for key, x in index.items()}
-        with files.replacing(folder) as temporary:
+        with files.replacing(folder, merge=True) as temporary:
             for path, data in (self.files | {"model_index.json": json.dumps(index, indent=2).encode()}).items():
                 if path.split("/")[0] in kept:
                     (temporary / path).parent.mkdir(parents=True, exist_ok=True)

@@ -6,8 +6,8 @@ are those of diffusers' scheduler of that name, also where it departs from the p
 
     ddpm      Ho et al. 2020 (arXiv 2006.11239) eq. 7         ancestral
     ddim      Song et al. 2021 (arXiv 2010.02502) eq. 12      deterministic at eta 0, ancestral at eta 1
-    pndm      Liu et al. 2022 (arXiv 2202.09778) eq. 12       ddim along a mean of predictions ("PLMS")
-    euler     Karras et al. 2022 (arXiv 2206.00364) alg. 2    without churn
+    pndm      Liu et al. 2022 (arXiv 2202.09778) sec. 3       ddim along a mean of predictions ("PLMS")
+    euler     Karras et al. 2022 (arXiv 2206.00364) alg. 1    without its second-order correction
     euler_a   the same, ancestral, as in k-diffusion
     dpmpp_2m  Lu et al. 2022 (arXiv 2211.01095) alg. 2        DPM-Solver++ of second order, multistep
 
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from minibooth.diffusion.noise import Generators, gaussian
 from minibooth.diffusion.scheduler import DDPMScheduler
+from minibooth.errors import UserError
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 Noise = Callable[[], Tensor]
@@ -44,9 +45,7 @@ def _split(x: Tensor, output: Tensor, a: float, scheduler: DDPMScheduler) -> tup
     if scheduler.prediction_type == "v_prediction":
         return signal * x - scale * output, signal * output + scale * x
     if a == 0:
-        raise ValueError(
-            "an epsilon prediction says nothing of the picture at zero SNR; such a schedule needs v_prediction"
-        )
+        raise UserError("at zero SNR an epsilon prediction tells nothing of x0: such a schedule needs v_prediction")
     return (x - scale * output) / signal, output
 
 
@@ -87,7 +86,7 @@ def pndm(predict: Predict, x: Tensor, scheduler: DDPMScheduler, steps: int, nois
     """Ddim's step along a mean of the last four predictions; the first is taken twice, so it yields steps + 1 times."""
     a = scheduler.alphas_cumprod.tolist()
     if a[-1] == 0:
-        raise ValueError("pndm cannot start from zero terminal SNR; take another sampler, such as ddim")
+        raise UserError("pndm cannot start from zero terminal SNR; take another sampler, such as ddim")
     times, stride = scheduler.timesteps(steps).tolist(), scheduler.num_train_timesteps // steps
 
     def step(x: Tensor, output: Tensor, t: int, s: int) -> Tensor:
@@ -103,8 +102,8 @@ def pndm(predict: Predict, x: Tensor, scheduler: DDPMScheduler, steps: int, nois
         yield x
     for t in times[1:]:
         outputs = [_ask(predict, x, t), *outputs[:3]]
-        mean = sum(w * output for w, output in zip(MULTISTEP[len(outputs)], outputs, strict=True))
-        x = step(x, mean, t, t - stride)
+        weighted = [w * output for w, output in zip(MULTISTEP[len(outputs)], outputs, strict=True)]
+        x = step(x, torch.stack(weighted).sum(0), t, t - stride)
         yield x
 
 
@@ -177,9 +176,9 @@ def trajectory(
 ) -> Iterator[Tensor]:
     """x after each of the sampler's steps; `sample` says what goes in."""
     if sampler not in SAMPLERS:
-        raise ValueError(f"no sampler is named {sampler!r}; there are {', '.join(SAMPLERS)}")
+        raise UserError(f"no sampler is named {sampler!r}; there are {', '.join(SAMPLERS)}")
     if eta and sampler != "ddim":
-        raise ValueError(f"eta={eta} is ddim's; {sampler} has none")
+        raise UserError(f"eta={eta} is ddim's; {sampler} has none")
 
     def noise() -> Tensor:
         return gaussian(x.shape, generator, x.device, x.dtype)
@@ -203,6 +202,6 @@ def sample(
     t [B]: int64, or float32 in euler and euler_a, where linspace makes it fractional. Its result is cast to x's dtype,
     so float32 noise and a half-precision network go together. steps: 1 to the schedule's length, placed by the
     scheduler's `timestep_spacing`. generator, where noise is drawn: None, one, or one per sample (see `gaussian`).
-    eta: ddim's, from 0 to 1. Raises ValueError for an unknown sampler and for what the sampler cannot do.
+    eta: ddim's, from 0 to 1. Raises UserError for an unknown sampler and for what the sampler cannot do.
     """
     return deque(trajectory(predict, x, scheduler, steps, sampler, generator, eta), maxlen=1).pop()

@@ -67,6 +67,13 @@ BETAS: dict[str, Callable[[float, float, int], Tensor]] = {
 }  # fmt: skip
 
 
+def _zero_terminal_snr(betas: Tensor) -> Tensor:
+    """Lin et al. 2023 (arXiv 2305.08891) alg. 1: sqrt(a) is shifted to end at zero and scaled to start where it did."""
+    root = torch.cumprod(1 - betas, 0).sqrt()
+    a = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+    return 1 - a / torch.cat([torch.ones(1), a[:-1]])
+
+
 def _leading(T: int, steps: int, offset: int) -> Tensor:
     return torch.arange(steps, dtype=torch.float64).flip(0) * (T // steps) + offset
 
@@ -92,7 +99,7 @@ CHOICES: dict[str, Iterable[str]] = dict(
 
 
 def _read(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A value for every key of DEFAULTS; ValueError for what would otherwise go wrong in silence."""
+    """A value for every key of DEFAULTS; UserError for what would otherwise go wrong in silence."""
     name = config.get("_class_name", "DDPMScheduler")
     if name.removesuffix("Scheduler") not in CLASSES:
         raise UserError(f"scheduler_config.json: _class_name={name!r} is not supported; {', '.join(CLASSES)} are")
@@ -117,7 +124,7 @@ class DDPMScheduler:
     config: the file's content, untouched. alphas_cumprod: a_t, float32 [T], on the device of its last use.
     final_alpha_cumprod: what ddim and pndm take for a_t before the first timestep, 1 or a_0. clip: the bound on ddpm's
     and ddim's x0, infinite for latents. prediction_type, timestep_spacing, steps_offset, variance_type: as in the file.
-    Raises ValueError, with the key, for a setting that would change results and is not implemented.
+    Raises UserError, with the key, for a setting that would change results and is not implemented.
     """
 
     def __init__(self, config: Mapping[str, Any]):
@@ -136,12 +143,10 @@ class DDPMScheduler:
             schedule = BETAS[values["beta_schedule"]]
             betas = schedule(values["beta_start"], values["beta_end"], self.num_train_timesteps)
         if len(betas) != self.num_train_timesteps:
-            raise ValueError(f"{len(betas)} trained_betas for num_train_timesteps={self.num_train_timesteps}")
-        self.alphas_cumprod = torch.cumprod(1 - betas, 0)
+            raise UserError(f"{len(betas)} trained_betas for num_train_timesteps={self.num_train_timesteps}")
         if values["rescale_betas_zero_snr"]:
-            # Lin et al. 2023 (arXiv 2305.08891) alg. 1: shift sqrt(a) to end at zero, scale it to start where it did.
-            root = self.alphas_cumprod.sqrt()
-            self.alphas_cumprod = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+            betas = _zero_terminal_snr(betas)
+        self.alphas_cumprod = torch.cumprod(1 - betas, 0)
         self.final_alpha_cumprod: float = 1.0 if values["set_alpha_to_one"] else self.alphas_cumprod[0].item()
 
     @classmethod
@@ -180,17 +185,15 @@ class DDPMScheduler:
     def times(self, steps: int) -> Tensor:
         """Where a sampler of `steps` steps evaluates the network, float64 [steps], falling; fractional for linspace.
 
-        Raises ValueError if the schedule has no room for so many.
+        Raises UserError if the schedule has no room for so many.
         """
         T = self.num_train_timesteps
         if not 1 <= steps <= T:
-            raise ValueError(f"cannot place {steps} steps on a schedule of {T} timesteps: take 1 to {T}")
+            raise UserError(f"cannot place {steps} steps on a schedule of {T} timesteps: take 1 to {T}")
         times = SPACINGS[self.timestep_spacing](T, steps, self.steps_offset)
         if times[0] > T - 1:
             offset = f"steps_offset={self.steps_offset}"
-            raise ValueError(
-                f"{steps} steps with {offset} start past the schedule's last timestep, {T - 1}: take fewer"
-            )
+            raise UserError(f"{steps} steps with {offset} start past the schedule's last timestep, {T - 1}: take fewer")
         return times
 
     def timesteps(self, steps: int) -> Tensor:

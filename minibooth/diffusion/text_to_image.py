@@ -58,10 +58,15 @@ class StableDiffusion:
         """Where the UNet is."""
         return self.unet.conv_in.weight.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the UNet computes in."""
+        return self.unet.conv_in.weight.dtype
+
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """The UNet's conditioning, [B, N, D]."""
-        return self.text_encoder(self.tokenizer(prompts).to(self.device))
+        return self.text_encoder(self.tokenizer(prompts).to(self.device)).to(self.dtype)
 
     def generate(
         self,
@@ -100,12 +105,13 @@ class StableDiffusion:
         steps: int = 50,
         guidance_scale: float = 7.5,
         sampler: str = "ddim",
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         latents: Tensor | None = None,
     ) -> list[Image.Image]:
-        """`generate` from encoded prompts [B, N, D]; without `unconditional` there is no guidance."""
+        """`generate` from encoded prompts [B, N, D], with one seed or B; without `unconditional` there is no guidance."""
         seed = secrets.randbits(32) if seed is None else seed
-        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(context))]
+        seeds = range(seed, seed + len(context)) if isinstance(seed, int) else seed
+        generators = [torch.Generator().manual_seed(each) for each in seeds]
         if latents is None:
             default, factor = self.unet.config.sample_size, self.vae.factor
             sides = default if isinstance(default, tuple) else (default, default)
@@ -118,7 +124,7 @@ class StableDiffusion:
             latents = gaussian(shape, generators)
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
-            x = x.to(context.dtype)
+            x = x.to(self.dtype)
             if unconditional is None:
                 return self.unet(x, t, context)
             without, within = self.unet(
@@ -130,5 +136,5 @@ class StableDiffusion:
         states = trajectory(predict, x, self.scheduler, steps, sampler, generators)
         for x in tqdm(states, total=calls(sampler, steps), leave=False, disable=None):
             pass
-        pictures = self.vae.decode((x / self.vae.scaling_factor).to(context.dtype))
+        pictures = self.vae.decode((x / self.vae.scaling_factor).to(self.vae.post_quant_conv.weight.dtype))
         return [to_image(picture) for picture in pictures]

@@ -45,7 +45,7 @@ class Tokenizer:
             merges = [line for line in merges if line and not line.startswith("#version")]
 
         if "added_tokens_decoder" in config:
-            added = [{**token, "id": int(id)} for id, token in config["added_tokens_decoder"].items()]
+            added = list(config["added_tokens_decoder"].values())
         else:  # the older way, in which the map overrules the configuration
             added, config = whole.get("added_tokens", []), config | parsed.get("special_tokens_map.json", {})
         special = {role: _entry(config.get(role) or default) for role, default in SPECIAL.items()}
@@ -57,9 +57,8 @@ class Tokenizer:
         backend = _byte_level_bpe(vocab, merges, name["unk_token"])
         # Added tokens are found in the text before it is cut. SD 2 pads with one: "!" is id 0 in a prompt too, though
         # OpenCLIP, which trained that text encoder, reads "!</w>" there (huggingface/diffusers#4153).
-        added = sorted(added, key=lambda token: token["id"])
-        added += [token for token in special.values() if token["content"] not in listed]
-        backend.add_tokens([AddedToken(token["content"], normalized=token["normalized"]) for token in added])
+        added = added + [token for token in special.values() if token["content"] not in listed]
+        backend.add_tokens([AddedToken(token["content"], normalized=token.get("normalized", False)) for token in added])
 
         length = config.get("model_max_length", MAX_LENGTH)
         length = length if length < 1e6 else MAX_LENGTH  # transformers writes 1e30 where none was set
@@ -78,15 +77,14 @@ class Tokenizer:
 
 def _entry(token: str | dict) -> dict:
     """A special token as the files' long form has it."""
-    return {"content": token, "normalized": False} if isinstance(token, str) else token
+    return {"content": token} if isinstance(token, str) else token
 
 
 def _byte_level_bpe(vocab: Mapping[str, int], merges: Iterable[str | list[str]], unknown: str) -> Backend:
     """CLIP's rules on a vocabulary; a merge is "a b" or, in files of recent years, ["a", "b"]."""
     pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
     backend = Backend(BPE(vocab, pairs, unk_token=unknown, end_of_word_suffix="</w>"))
-    blanks = normalizers.Replace(Regex(r"\s+"), " ")
-    backend.normalizer = normalizers.Sequence([normalizers.NFC(), blanks, normalizers.Lowercase()])
+    backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     pieces = pre_tokenizers.Split(Regex(PIECE), "removed", invert=True)
     backend.pre_tokenizer = pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     return backend

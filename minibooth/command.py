@@ -1,0 +1,61 @@
+"""What all commands share: flags in either spelling, the choice of device and dtype, and how a run ends that went wrong."""
+
+import argparse
+import errno
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from minibooth.errors import UserError
+
+DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+USERS_ERRNO = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR}
+
+
+def run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> NoReturn:
+    """main(argv[1:]) as a process: a mistake the user can mend ends in one line and status 2, Ctrl-C in status 130."""
+    name = f"minibooth.{Path(argv[0]).stem}"
+    try:
+        main(argv[1:])
+    except UserError as error:
+        sys.exit(_last_words(f"{name}: error: {error}", 2))
+    except OSError as error:
+        if error.errno not in USERS_ERRNO:
+            raise
+        sys.exit(_last_words(f"{name}: error: {error.strerror}: {error.filename or 'while writing'}", 2))
+    except KeyboardInterrupt as interrupt:
+        sys.exit(_last_words(f"{name}: interrupted{f': {interrupt}' if str(interrupt) else ''}", 130))
+    sys.exit(0)
+
+
+def _last_words(text: str, status: int) -> int:
+    print(" ".join(text.split()), file=sys.stderr)
+    return status
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without guesses: no flag is abbreviated, and a mistake is a UserError instead of a page of usage."""
+
+    def __init__(self, prog: str, description: str | None, epilog: str | None = None):
+        super().__init__(prog, None, description, epilog, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help lists the flags")
+
+
+def normalise(argv: Sequence[str]) -> list[str]:
+    """Long flags with underscores: --num-images=4 becomes --num_images=4; values stay as they are."""
+    flags = [word.partition("=") if word.startswith("--") else ("", "", word) for word in argv]
+    return [flag[:2] + flag[2:].replace("-", "_") + equals + value for flag, equals, value in flags]
+
+
+def device(name: str | None = None) -> torch.device:
+    """The device of that name, or the best there: cuda, mps, cpu. Raises UserError for one that is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    usable = [kind for kind in there if there[kind]]
+    if name and name.split(":")[0] not in usable:
+        raise UserError(f"--device {name} is not there; {', '.join(usable)} would do")
+    return torch.device(name or usable[0])

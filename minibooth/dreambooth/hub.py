@@ -1,0 +1,65 @@
+"""Uploading a result to the hub, with a model card that says what it is."""
+
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from minibooth.checkpoint import files
+from minibooth.dreambooth.settings import Settings
+from minibooth.errors import UserError
+
+NOT_UPLOADED = ["checkpoint-*", "class/*", "run.json", "metrics.jsonl"]
+CARD = """---
+library_name: diffusers
+{base}instance_prompt: {instance_prompt}
+tags:
+- text-to-image
+- diffusers
+- stable-diffusion
+- dreambooth
+- minibooth
+inference: true
+---
+
+# {name}
+
+A DreamBooth fine-tune of `{model}`, made with minibooth. The prompt that calls the subject is *{instance_prompt}*.
+{trained} trained at {resolution} px{prior}, with a learning rate of {learning_rate:g}.
+"""
+
+
+def model_card(settings: Settings, name: str) -> str:
+    """README.md of the uploaded model."""
+    s = settings
+    model = s.pretrained_model_name_or_path
+    return CARD.format(
+        name=name,
+        base="" if Path(model).exists() else f"base_model: {model}\n",
+        model=Path(model).name if Path(model).exists() else model,
+        instance_prompt=s.instance_prompt,
+        trained="The UNet and the text encoder were" if s.train_text_encoder else "The UNet was",
+        resolution=s.resolution,
+        prior=" with prior preservation" if s.with_prior_preservation else "",
+        learning_rate=s.learning_rate,
+    )
+
+
+def push(settings: Settings) -> str:
+    """Upload --output_dir to --hub_model_id, made if need be. Returns its address. Raises UserError where the hub refuses."""
+    folder = Path(settings.output_dir)
+    api = huggingface_hub.HfApi(token=settings.hub_token)
+    try:
+        repository = api.create_repo(settings.hub_model_id or folder.resolve().name, exist_ok=True)
+        with files.replacing(folder / "README.md") as temporary:
+            temporary.write_text(model_card(settings, repository.repo_id))
+        api.upload_folder(
+            repo_id=repository.repo_id,
+            folder_path=folder,
+            commit_message="End of training",
+            ignore_patterns=NOT_UPLOADED,
+        )
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the model is in {folder}, but could not be uploaded ({reason}); see --hub_token") from None
+    return str(repository)

@@ -1,0 +1,88 @@
+"""What a run leaves in its output folder, so that it can be watched, repeated and resumed.
+
+    run.json          all settings, versions, and the command that repeats the run
+    metrics.jsonl     a line per step: step, loss, subject, prior, lr, seconds
+    samples/          step-N.png, grids of the validation prompt from the same noise
+    checkpoint-N/     trained networks in fp32 (the layout of the final model), optimizer.safetensors, state.json
+"""
+
+import dataclasses
+import json
+import platform
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from minibooth.checkpoint import files
+from minibooth.dreambooth.settings import Settings
+from minibooth.errors import UserError
+
+
+class Journal:
+    """The output folder of one run. Raises UserError if it holds another run that is not to be resumed."""
+
+    def __init__(self, settings: Settings):
+        self.settings, self.folder = settings, Path(settings.output_dir)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"--output_dir {self.folder} is a file")
+        for taken in ("run.json", "model_index.json"):
+            if (self.folder / taken).exists() and not settings.resume_from_checkpoint:
+                remedy = "choose another --output_dir, or go on with --resume_from_checkpoint latest"
+                raise UserError(f"{self.folder} already holds another run ({taken}); {remedy}")
+
+    def open(self, step: int) -> None:
+        """Write run.json and drop the metrics of steps that will be done again."""
+        given = {f.name: getattr(self.settings, f.name) for f in dataclasses.fields(Settings)}
+        given = {name: value for name, value in given.items() if value != Settings.__dataclass_fields__[name].default}
+        words = [word for name, value in given.items() for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
+        run = {
+            "command": shlex.join(["python", "-m", "minibooth.train", *words]),
+            "settings": dataclasses.asdict(self.settings) | {"hub_token": None},
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        }
+        with files.replacing(self.folder / "run.json") as temporary:
+            temporary.write_text(json.dumps(run, indent=2) + "\n")
+        metrics = self.folder / "metrics.jsonl"
+        kept = [line for line in metrics.read_text().splitlines() if _step_of(line) <= step] if metrics.exists() else []
+        with files.replacing(metrics) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in kept))
+
+    def log(self, **values: float) -> None:
+        """Append a line to metrics.jsonl."""
+        with open(self.folder / "metrics.jsonl", "a") as stream:
+            stream.write(json.dumps(values) + "\n")
+
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """Steps and folders of the checkpoints that are there, oldest first; each is whole, since it was moved into place."""
+        named = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in self.folder.glob("checkpoint-*"))
+        return sorted((int(match[1]), path) for match, path in named if match)
+
+    def to_resume(self) -> Path | None:
+        """The checkpoint that --resume_from_checkpoint means; None where "latest" finds none, or nothing was asked."""
+        asked = self.settings.resume_from_checkpoint
+        if not asked:
+            return None
+        if asked == "latest":
+            found = self.checkpoints()
+            return found[-1][1] if found else None
+        for path in (self.folder / Path(asked).name, Path(asked)):
+            if (path / "state.json").is_file():
+                return path
+        raise UserError(f"--resume_from_checkpoint {asked}: no such checkpoint in {self.folder}")
+
+    def prune(self) -> None:
+        """Delete the oldest checkpoints beyond --checkpoints_total_limit; to be called once the newest is whole."""
+        limit = self.settings.checkpoints_total_limit
+        for _, path in self.checkpoints()[: -limit if limit else 0]:
+            shutil.rmtree(path)
+
+
+def _step_of(line: str) -> int:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return sys.maxsize  # half a line: the run was killed while writing it

@@ -1,0 +1,59 @@
+"""Pictures as the diffusion model sees them: crops, encoded once, from which every step draws anew.
+
+The VAE's posterior is kept, not a sample of it, so that each step still sees fresh posterior noise.
+
+Shapes: Z latent channels, h x w latent size.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from minibooth.diffusion.noise import generator
+from minibooth.dreambooth.data import crop, open_picture
+from minibooth.dreambooth.settings import Settings
+from minibooth.models.vae import VAE, Posterior
+
+
+class Latents:
+    """A set of pictures as an endless, shuffled sequence: latents[n] is the posterior of the run's n-th sample.
+
+    Which picture and which of its crops that is depends on the seed and n alone. Posteriors [1, Z, h, w] are in fp32 and in
+    the diffusion model's units (the VAE's times its scaling factor).
+    """
+
+    def __init__(self, name: str, pictures: Sequence[Path], settings: Settings):
+        self.name, self.pictures, self.settings = name, pictures, settings
+        self.encoded: dict[tuple[int, int], Posterior] = {}
+
+    def which(self, n: int) -> tuple[int, int]:
+        """Sample n -> (picture, crop): every picture once before any comes again."""
+        seed, crops = self.settings.seed, self.settings.crops_per_image
+        epoch, place = divmod(n, len(self.pictures))
+        order = torch.randperm(len(self.pictures), generator=generator(seed, self.name, "order", epoch))
+        number = torch.randint(crops, (), generator=generator(seed, self.name, "crop", n)) if crops else n
+        return int(order[place]), int(number)
+
+    def prepare(self, vae: VAE, samples: Iterable[int]) -> None:
+        """Encode the crops that these samples will want, after which the VAE may go; or keep it, to encode on the fly."""
+        self.vae = None if self.settings.crops_per_image else vae
+        wanted = set() if self.vae else {self.which(n) for n in samples}
+        for which in tqdm(sorted(wanted), desc=f"encoding the {self.name}", leave=False, disable=None):
+            self.encoded[which] = self.encode(vae, *which)
+
+    def __getitem__(self, n: int) -> Posterior:
+        which = self.which(n)
+        return self.encode(self.vae, *which) if self.vae else self.encoded[which]
+
+    @torch.no_grad()
+    def encode(self, vae: VAE, picture: int, number: int) -> Posterior:
+        """One crop of one picture through the VAE."""
+        s = self.settings
+        place = generator(s.seed, self.name, "place", picture, number)
+        image = open_picture(self.pictures[picture])
+        square = crop(image, s.resolution, s.center_crop, s.random_flip, place, s.image_interpolation_mode)
+        weight = vae.quant_conv.weight
+        posterior = vae.encode(square.pixels[None].to(weight.device, weight.dtype))
+        return Posterior(*(x.float().cpu() * vae.scaling_factor for x in (posterior.mean, posterior.std)))

@@ -1,0 +1,116 @@
+"""Everything a run can be told: the flags of diffusers' train_dreambooth.py with their spelling and defaults, as one table.
+
+Copied command lines are the commonest input, so a flag that has no effect here is accepted and noted, never refused.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from minibooth.dreambooth.data import INTERPOLATION
+from minibooth.dreambooth.optimizer import SCHEDULES
+from minibooth.errors import UserError
+
+
+def flag(default: Any, help: str, **more: Any) -> Any:
+    """A setting: its default, its line of help, and what else argparse should know (choices, for one)."""
+    return field(default=default, metadata={"help": help, **more})
+
+
+@dataclass
+class Settings:
+    """One run of python -m minibooth.train."""
+
+    pretrained_model_name_or_path: str | None = flag(None, "a folder in the diffusers layout, or owner/name on the hub")
+    revision: str | None = flag(None, "the hub's branch, tag or commit")
+    variant: str | None = flag(None, "infix of the weight files to read, fp16 for instance")
+    instance_data_dir: str | None = flag(None, "folder with the subject's 3-5 photographs")
+    instance_prompt: str | None = flag(None, 'prompt with the identifier: "a photo of sks dog"')
+    class_data_dir: str | None = flag(None, "folder of class pictures, topped up to --num_class_images; OUTPUT_DIR/class")
+    class_prompt: str | None = flag(None, 'prompt of the class: "a photo of dog"')
+    with_prior_preservation: bool = flag(False, "also train on class pictures, so that the class keeps its variety")
+    prior_loss_weight: float = flag(1.0, "lambda of the paper")
+    num_class_images: int = flag(100, "class pictures to train on; missing ones are drawn by the model itself")
+    sample_batch_size: int = flag(4, "class pictures drawn at a time")
+    prior_generation_precision: str | None = flag(None, "for class pictures; fp16 on a GPU", choices=("no", "fp32", "fp16", "bf16"))
+    resolution: int = flag(512, "side of the training crops in pixels")
+    center_crop: bool = flag(False, "cut at the centre instead of anywhere")
+    random_flip: bool = flag(False, "mirror every other crop")
+    image_interpolation_mode: str = flag("lanczos", "filter that resizes photographs", choices=tuple(INTERPOLATION))
+    crops_per_image: int = flag(8, "different crops encoded per picture; 0 cuts and encodes anew at every step")
+    output_dir: str = flag("dreambooth-model", "where everything goes")
+    seed: int | None = flag(None, "repeats a run exactly")
+    train_text_encoder: bool = flag(False, "train the text encoder too")
+    text_encoder_lr: float | None = flag(None, "its learning rate; --learning_rate if not given")
+    train_batch_size: int = flag(4, "subject pictures a step (with prior preservation as many class pictures besides)")
+    num_train_epochs: int = flag(1, "passes over the pictures, where --max_train_steps is not given")
+    max_train_steps: int | None = flag(None, "steps in all")
+    gradient_accumulation_steps: int = flag(1, "batches whose gradients are averaged into one step")
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass, to save memory")
+    learning_rate: float = flag(5e-6, "peak learning rate")
+    scale_lr: bool = flag(False, "multiply the learning rate by batch size and accumulation")
+    lr_scheduler: str = flag("constant", "course of the learning rate", choices=tuple(SCHEDULES))
+    lr_warmup_steps: int = flag(500, "steps of linear warm-up (not for constant)")
+    lr_num_cycles: int = flag(1, "restarts of cosine_with_restarts")
+    lr_power: float = flag(1.0, "power of polynomial")
+    use_8bit_adam: bool = flag(False, "accepted; moments are kept in 32 bits")
+    adam_beta1: float = flag(0.9, "decay of the first moment")
+    adam_beta2: float = flag(0.999, "decay of the second moment")
+    adam_weight_decay: float = flag(1e-2, "decoupled weight decay")
+    adam_epsilon: float = flag(1e-8, "epsilon of AdamW")
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0 leaves them")
+    offset_noise: bool = flag(False, "add 0.1 times a constant per channel to the noise")
+    snr_gamma: float | None = flag(None, "min-SNR weighting of the loss; 5.0 is usual")
+    mixed_precision: str | None = flag(None, "autocast; weights stay in fp32", choices=("no", "fp16", "bf16"))
+    allow_tf32: bool = flag(False, "TF32 matrix products on Ampere and later GPUs")
+    device: str | None = flag(None, "cuda, mps or cpu; the best there")
+    checkpointing_steps: int = flag(500, "steps between checkpoints")
+    checkpoints_total_limit: int | None = flag(None, "keep this many, the newest")
+    resume_from_checkpoint: str | None = flag(None, 'a checkpoint-N folder, or "latest"')
+    validation_prompt: str | None = flag(None, "draw it as training goes: samples/step-N.png")
+    num_validation_images: int = flag(4, "pictures of each grid")
+    validation_steps: int = flag(100, "steps between grids")
+    push_to_hub: bool = flag(False, "upload the result")
+    hub_model_id: str | None = flag(None, "owner/name to upload to; the output folder's name")
+    hub_token: str | None = flag(None, "the hub's token, if you are not logged in")
+    # Accepted without effect.
+    validation_epochs: int | None = flag(None, "without effect: see --validation_steps")
+    pre_compute_text_embeddings: bool = flag(False, "without effect: a frozen text encoder's output is always kept")
+    dataloader_num_workers: int = flag(0, "without effect: pictures are encoded once, before training")
+    enable_xformers_memory_efficient_attention: bool = flag(False, "without effect: PyTorch's own attention is used")
+    set_grads_to_none: bool = flag(False, "without effect")
+    local_rank: int = flag(-1, "without effect")
+    report_to: str = flag("none", "without effect: metrics go to OUTPUT_DIR/metrics.jsonl")
+    logging_dir: str = flag("logs", "without effect: metrics go to OUTPUT_DIR/metrics.jsonl")
+
+    def check(self) -> None:
+        """Refuse what cannot run. Raises UserError."""
+        for name in ("pretrained_model_name_or_path", "instance_data_dir", "instance_prompt"):
+            if not getattr(self, name):
+                raise UserError(f"--{name} is missing")
+        if self.with_prior_preservation and not self.class_prompt:
+            raise UserError("--with_prior_preservation needs --class_prompt, such as \"a photo of dog\"")
+        if self.resolution % 8 or self.resolution <= 0:
+            raise UserError(f"--resolution {self.resolution} is not divisible by 8")
+        least = dict.fromkeys(("crops_per_image", "lr_warmup_steps"), 0)
+        least |= dict.fromkeys(("train_batch_size", "num_train_epochs", "gradient_accumulation_steps", "sample_batch_size"), 1)
+        least |= dict.fromkeys(("checkpointing_steps", "validation_steps", "num_validation_images", "num_class_images"), 1)
+        least |= dict.fromkeys(("max_train_steps", "checkpoints_total_limit"), 1)
+        for name, bound in least.items():
+            if (value := getattr(self, name)) is not None and value < bound:
+                raise UserError(f"--{name} {value} is less than {bound}")
+        decays = self.lr_scheduler not in ("constant", "constant_with_warmup")
+        if decays and self.max_train_steps and self.lr_warmup_steps >= self.max_train_steps:
+            raise UserError(f"--lr_warmup_steps {self.lr_warmup_steps} leaves nothing of {self.max_train_steps} steps; set it to 0")
+
+    def notes(self) -> list[str]:
+        """A line for each flag that was given and has no effect."""
+        given = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+        silent = [f for f in given if f.metadata["help"].startswith(("without effect", "accepted"))]
+        return [f"--{f.name}: {f.metadata['help']}" for f in silent]
+
+    def steps(self, pictures: int) -> int:
+        """Training steps, where an epoch is a pass over the larger of the two sets of pictures."""
+        batch = self.train_batch_size * self.gradient_accumulation_steps
+        return self.max_train_steps or self.num_train_epochs * math.ceil(pictures / batch)

@@ -1,0 +1,256 @@
+"""DreamBooth's training: photograph -> latent -> noise -> UNet -> loss -> step. Ruiz et al. 2022, arXiv 2208.12242.
+
+Whatever does not train is computed once, before the loop. All randomness is keyed by (seed, step, sample), so a resumed run
+ends in the bits of one that was never stopped, and drawing pictures on the way changes nothing.
+
+Shapes: B subject samples a step (2B rows with prior preservation), Z latent channels, h x w latent size, N tokens, D width.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from minibooth.checkpoint import files
+from minibooth.checkpoint.load import COMPONENTS
+from minibooth.diffusion import load
+from minibooth.diffusion.images import grid, save_png
+from minibooth.diffusion.noise import generator
+from minibooth.dreambooth.data import find_pictures
+from minibooth.dreambooth.journal import Journal
+from minibooth.dreambooth.latents import Latents
+from minibooth.dreambooth.objective import dreambooth_loss
+from minibooth.dreambooth.optimizer import learning_rate, moments, restore
+from minibooth.dreambooth.prior import class_pictures
+from minibooth.dreambooth.settings import Settings
+from minibooth.errors import UserError
+from minibooth.models.blocks import ResnetBlock, Transformer
+from minibooth.models.clip import Layer
+
+VALIDATION = {"steps": 25, "sampler": "dpmpp_2m"}
+OFFSET_NOISE = 0.1
+
+
+class Trainer:
+    """One run of Settings on `device`, with autocast to `dtype` where that is not fp32; class pictures in `prior_dtype`.
+
+    Raises UserError for whatever would stop the run later and can be known now.
+    """
+
+    def __init__(self, settings: Settings, device: torch.device, dtype: torch.dtype, prior_dtype: torch.dtype):
+        settings.check()
+        self.device, self.dtype = device, dtype
+        self.journal = Journal(settings)
+        self.resumed = self.journal.to_resume()
+        state = files.read_json(self.resumed / "state.json") if self.resumed else {"step": 0}
+        self.start: int = state["step"]
+        seed = state.get("seed", secrets.randbits(31)) if settings.seed is None else settings.seed
+        self.settings = s = self.journal.settings = dataclasses.replace(settings, seed=seed)
+
+        pictures, self.skipped = find_pictures(Path(s.instance_data_dir))
+        self.pipe = load(s.pretrained_model_name_or_path, variant=s.variant, revision=s.revision)
+        self.sets = [Latents("subject", pictures, s)]
+        self.prompts = [s.instance_prompt]
+        if s.with_prior_preservation:
+            self.sets.append(Latents("class", class_pictures(s, device, prior_dtype), s))
+            self.prompts.append(s.class_prompt)
+        self.steps = s.steps(max(len(latents.pictures) for latents in self.sets))
+
+        rates = {"unet": s.learning_rate, "text_encoder": s.text_encoder_lr or s.learning_rate}
+        self.trained = {name: self.place(name, True) for name in ["unet"] + ["text_encoder"] * s.train_text_encoder}
+        for name in {"text_encoder", "vae"} - self.trained.keys():
+            self.place(name, False)
+        groups = [{"params": list(module.parameters()), "peak": rates[name]} for name, module in self.trained.items()]
+        betas = s.adam_beta1, s.adam_beta2
+        self.optimizer = torch.optim.AdamW(groups, 0.0, betas, s.adam_epsilon, s.adam_weight_decay, fused=True)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        if self.resumed:
+            restore(self.optimizer, self.trained, files.Tensors([self.resumed / "optimizer.safetensors"]))
+            self.scaler.load_state_dict(state["scaler"])
+
+    def place(self, name: str, trains: bool) -> nn.Module:
+        """A network that trains stays in fp32 (or where the checkpoint left it); another goes to the working precision."""
+        module = getattr(self.pipe, name).requires_grad_(trains).to(self.device, torch.float32 if trains else self.dtype)
+        if trains and self.resumed:
+            module.load_state_dict(dict(files.weights_of(self.resumed / name, COMPONENTS[name].stem)))
+        if trains and self.settings.gradient_checkpointing:
+            recompute_activations(module)
+        return module
+
+    def encode(self) -> None:
+        """Encode prompts and pictures once, then let go of the networks that have nothing left to do."""
+        s, pipe = self.settings, self.pipe
+        self.context = self.validation = None
+        if not s.train_text_encoder:
+            self.context = pipe.encode_prompts(self.prompts)
+            if s.validation_prompt:
+                self.validation = pipe.encode_prompts([s.validation_prompt, ""])
+            pipe.text_encoder = None
+        per_step = s.train_batch_size * s.gradient_accumulation_steps
+        for latents in self.sets:
+            latents.prepare(pipe.vae, range(self.start * per_step, self.steps * per_step))
+        if not s.validation_prompt:
+            pipe.vae = None
+
+    def train(self) -> None:
+        """The whole run, from the first step (or the checkpoint's next) to the saved pipeline.
+
+        Ctrl-C ends it with a checkpoint and KeyboardInterrupt. Raises UserError where the loss is no longer finite.
+        """
+        s, journal = self.settings, self.journal
+        journal.open(self.start)
+        self.encode()
+        if not self.start:
+            self.validate(0)
+        bar = tqdm(total=self.steps, initial=self.start, mininterval=0.1 if sys.stderr.isatty() else 10, desc="training")
+        with interrupts() as interrupted:
+            for step in range(self.start, self.steps):
+                began = time.perf_counter()
+                rates = self.set_learning_rates(step)
+                losses = self.step(step)
+                seconds = time.perf_counter() - began
+                done = step + 1
+                journal.log(step=done, **losses, lr=rates[0], seconds=round(seconds, 4))
+                pace = s.train_batch_size * s.gradient_accumulation_steps * len(self.sets) / seconds
+                bar.set_postfix({**losses, "lr": rates[0], "pictures/s": pace})
+                bar.update()
+                if done % s.validation_steps == 0 or done == self.steps:
+                    self.validate(done)
+                if done % s.checkpointing_steps == 0 or interrupted:
+                    self.save_checkpoint(done)
+                if interrupted and done < self.steps:
+                    raise KeyboardInterrupt(f"go on with the same command and --resume_from_checkpoint latest (step {done})")
+        bar.close()
+        self.pipe.save(s.output_dir)
+
+    def step(self, step: int) -> dict[str, float]:
+        """One update of the weights. Returns the loss and its two parts, averaged over the accumulated batches."""
+        s = self.settings
+        total = dict.fromkeys(("loss", "subject", "prior"), 0.0)
+        for part in range(s.gradient_accumulation_steps):
+            losses = self.losses(step * s.gradient_accumulation_steps + part)
+            self.scaler.scale(losses["loss"] / s.gradient_accumulation_steps).backward()
+            total = {name: total[name] + losses[name].item() / s.gradient_accumulation_steps for name in total}
+        if not math.isfinite(total["loss"]):
+            kept = self.journal.checkpoints()
+            remedy = f"the last good checkpoint is {kept[-1][1]}" if kept else "no checkpoint was written before"
+            raise UserError(f"the loss is {total['loss']} at step {step + 1}: lower --learning_rate or use bf16; {remedy}")
+        self.scaler.unscale_(self.optimizer)
+        if s.max_grad_norm:
+            nn.utils.clip_grad_norm_((p for module in self.trained.values() for p in module.parameters()), s.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=False)  # fresh gradients each step cost a third of it on a CPU: page faults
+        return total
+
+    def losses(self, batch: int) -> dict[str, Tensor]:
+        """The objective on the run's `batch`-th batch: B subject samples, then B class samples."""
+        s, scheduler, B = self.settings, self.pipe.scheduler, self.settings.train_batch_size
+        samples = [self.sample(latents, n) for latents in self.sets for n in range(batch * B, (batch + 1) * B)]
+        x0, noise, t = (torch.cat(column).to(self.device) for column in zip(*samples, strict=True))
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            context = self.context
+            if context is None:
+                context = self.pipe.text_encoder(self.pipe.tokenizer(self.prompts).to(self.device))
+            x = scheduler.add_noise(x0, noise, t)
+            prediction = self.pipe.unet(x, t, context.repeat_interleave(B, dim=0))
+        weight = s.prior_loss_weight if s.with_prior_preservation else None
+        return dreambooth_loss(prediction, scheduler.target(x0, noise, t), t, scheduler, weight, s.snr_gamma)
+
+    def sample(self, latents: Latents, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What the run's n-th sample is made of: latent x0 and noise [1, Z, h, w], timestep [1]. Depends on (seed, n) alone."""
+        rng = generator(self.settings.seed, latents.name, "sample", n)
+        x0 = latents[n].sample(rng)
+        noise = torch.randn(x0.shape, generator=rng)
+        t = torch.randint(self.pipe.scheduler.num_train_timesteps, (1,), generator=rng)
+        if self.settings.offset_noise:
+            noise = noise + OFFSET_NOISE * torch.randn(*x0.shape[:2], 1, 1, generator=rng)
+        return x0, noise, t
+
+    def set_learning_rates(self, step: int) -> list[float]:
+        """The optimizer's rates for this step, one per trained network."""
+        s = self.settings
+        scale = s.train_batch_size * s.gradient_accumulation_steps if s.scale_lr else 1
+        for group in self.optimizer.param_groups:
+            course = s.lr_scheduler, group["peak"] * scale, step, self.steps, s.lr_warmup_steps, s.lr_num_cycles, s.lr_power
+            group["lr"] = learning_rate(*course)
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    def validate(self, step: int) -> None:
+        """samples/step-N.png: the validation prompt from the same noise each time; the training's randomness is untouched."""
+        s = self.settings
+        if not s.validation_prompt:
+            return
+        prompts = self.validation if self.validation is not None else self.pipe.encode_prompts([s.validation_prompt, ""])
+        context, unconditional = (prompt.expand(s.num_validation_images, -1, -1) for prompt in prompts.split(1))
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            size = {"height": s.resolution, "width": s.resolution}
+            pictures = self.pipe.draw(context, unconditional, **size, seed=s.seed, **VALIDATION)
+        about = {"prompt": s.validation_prompt, "step": str(step), "seed": str(s.seed)}
+        path = self.journal.folder / "samples" / f"step-{step}.png"
+        path.parent.mkdir(exist_ok=True)
+        save_png(grid(pictures, columns=4), path, about)
+
+    def save_checkpoint(self, step: int) -> None:
+        """checkpoint-N with all that the next step depends on; older ones go only when it is whole."""
+        with files.replacing(self.journal.folder / f"checkpoint-{step}") as folder:
+            for name, module in self.trained.items():
+                files.write_weights(folder / name / f"{COMPONENTS[name].stem}.safetensors", module.state_dict())
+                (folder / name / "config.json").write_bytes(self.pipe.source.files[f"{name}/config.json"])
+            files.write_weights(folder / "optimizer.safetensors", moments(self.optimizer, self.trained))
+            state = {"step": step, "seed": self.settings.seed, "scaler": self.scaler.state_dict()}
+            (folder / "state.json").write_text(json.dumps(state))
+        self.journal.prune()
+
+    def summary(self) -> list[tuple[str, str]]:
+        """What will run, as rows of a table."""
+        s, sizes = self.settings, {name: sum(p.numel() for p in m.parameters()) for name, m in self.trained.items()}
+        frozen = sum(p.numel() for name in ("text_encoder", "vae") for p in getattr(self.pipe, name).parameters() if not p.requires_grad)
+        memory = 16 * sum(sizes.values()) + frozen * self.dtype.itemsize
+        rows = [("model", f"{self.pipe.source.name} ({self.pipe.scheduler.prediction_type})")]
+        rows += [("trains", ", ".join(f"{name} ({size / 1e6:.1f} M parameters)" for name, size in sizes.items()))]
+        rows += [(latents.name, f"{len(latents.pictures)} pictures") for latents in self.sets]
+        rows += [("skipped", ", ".join(path.name for path in self.skipped))] if self.skipped else []
+        batch = " + ".join([str(s.train_batch_size)] * len(self.sets))
+        rows += [("steps", f"{self.start} to {self.steps}, batch {batch}, {s.resolution} px, learning rate {s.learning_rate:g}")]
+        rows += [("device", f"{self.device}, {str(self.dtype).removeprefix('torch.')}")]
+        rows += [("memory", f"{memory / 2**30:.1f} GiB of weights, gradients and moments, besides activations")]
+        return rows + [("note", note) for note in s.notes()]
+
+
+def recompute_activations(module: nn.Module) -> None:
+    """Gradient checkpointing (Chen et al. 2016) from outside: these parts forget what they computed and do it again."""
+    for part in module.modules():
+        if isinstance(part, ResnetBlock | Transformer | Layer):
+            part.forward = functools.partial(checkpoint, part.forward, use_reentrant=False)
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[list[int]]:
+    """Collects Ctrl-C and SIGTERM, so that a step is finished before one acts on them; a second one is not waited for."""
+    caught: list[int] = []
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, frame: object) -> None:
+        caught.append(number)
+        signal.signal(number, signal.default_int_handler)
+
+    for number in previous:
+        signal.signal(number, handle)
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,45 @@
+"""Teach a Stable Diffusion a subject from 3-5 photographs: DreamBooth (arXiv 2208.12242)."""
+
+import argparse
+import dataclasses
+import sys
+import typing
+from collections.abc import Sequence
+
+import torch
+
+from minibooth import command
+from minibooth.dreambooth.hub import push
+from minibooth.dreambooth.settings import Settings
+from minibooth.dreambooth.trainer import Trainer
+
+EPILOGUE = "The flags are those of diffusers' train_dreambooth.py, with its spelling (- and _ are alike) and its defaults."
+
+
+def parse(argv: Sequence[str]) -> Settings:
+    """Command line -> Settings; each field of the dataclass is a flag."""
+    parser = argparse.ArgumentParser("python -m minibooth.train", None, __doc__, EPILOGUE, allow_abbrev=False)
+    for f in dataclasses.fields(Settings):
+        kind = next((each for each in typing.get_args(f.type) if each is not type(None)), f.type)
+        how = {"action": "store_true"} if kind is bool else {"type": kind, "choices": f.metadata.get("choices")}
+        parser.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"], **how)
+    return Settings(**vars(parser.parse_args(command.normalise(argv))))
+
+
+def main(argv: Sequence[str]) -> None:
+    """Train as the command line says, and leave the result in --output_dir."""
+    settings = parse(argv)
+    device = command.device(settings.device)
+    torch.backends.cuda.matmul.allow_tf32 = settings.allow_tf32
+    precision = settings.prior_generation_precision or ("fp16" if device.type == "cuda" else "fp32")
+    trainer = Trainer(settings, device, command.DTYPES[settings.mixed_precision or "no"], command.DTYPES[precision])
+    print("\n".join(f"{name:>10}  {value}" for name, value in trainer.summary()))
+    trainer.train()
+    if settings.push_to_hub:
+        print(f"uploaded to {push(settings)}")
+    prompt = f"{settings.instance_prompt} in the snow"
+    print(f'draw with it:  python -m minibooth.generate --model {settings.output_dir} --prompt "{prompt}"')
+
+
+if __name__ == "__main__":
+    command.run(main, sys.argv)

@@ -1,0 +1,91 @@
+"""A hub id is drawn through huggingface_hub and its cache; the hub is a stand-in on loopback."""
+
+import pytest
+from huggingface_hub import HfApi, constants
+from hub_standin import serving
+
+import minibooth
+from minibooth.errors import UserError
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """The stand-in, with an empty cache. It is huggingface_hub's only endpoint for as long as the test lasts."""
+    with serving() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield hub
+
+
+def offline(monkeypatch):
+    """What HF_HUB_OFFLINE=1 sets at the start of a process."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+def dead_end(monkeypatch):
+    """An endpoint where nobody listens."""
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+
+
+def content(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def with_everything(folder):
+    """As the older repositories are: two variants, each also as a pickle, and files for other programs."""
+    for weights in [*folder.rglob("*.safetensors")]:
+        for name in (f"{weights.stem}.fp16.safetensors", f"{weights.stem}.bin", f"{weights.stem}.fp16.bin"):
+            (weights.parent / name).write_bytes(weights.read_bytes())
+    for name in ("v1-4.ckpt", "README.md", "model.safetensors"):
+        (folder / name).write_bytes(b"not asked for")
+    return folder
+
+
+def test_one_variant_is_drawn_and_then_read_from_the_cache(hub, monkeypatch, sd1, copy_of):
+    hub.add("owner/small", with_everything(copy_of(sd1)))
+    first = minibooth.load("owner/small", variant="fp16")
+    weights = {path for path in hub.downloads if not path.endswith((".json", ".txt"))}
+    assert weights == {
+        "text_encoder/model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "vae/diffusion_pytorch_model.fp16.safetensors",
+    }
+    assert hub.downloads - weights == {name for name in content(sd1) if name.endswith((".json", ".txt"))}
+
+    hub.requests.clear()
+    minibooth.load("owner/small", variant="fp16")
+    assert not hub.downloads
+    hub.requests.clear()
+    offline(monkeypatch)
+    again = minibooth.load("owner/small", variant="fp16")
+    assert hub.requests == []
+    assert again.generate("a dog", steps=1, seed=0)[0].tobytes() == first.generate("a dog", steps=1, seed=0)[0].tobytes()
+    with pytest.raises(UserError, match="owner/small"):
+        minibooth.load("owner/small")  # the other variant was never drawn
+
+
+def test_the_revision_reaches_the_hub(hub, sd1):
+    hub.add("owner/small", sd1, branches=("main", "fp32"))
+    minibooth.load("owner/small", revision="fp32")
+    assert "GET /api/models/owner/small/revision/fp32" in hub.requests
+    with pytest.raises(UserError, match="owner/small"):
+        minibooth.load("owner/small", revision="never")
+
+
+@pytest.mark.parametrize("trouble", [lambda monkeypatch: None, offline, dead_end], ids=["unknown", "offline", "dead"])
+def test_what_cannot_be_had_is_told_in_one_line(hub, monkeypatch, trouble):
+    trouble(monkeypatch)
+    with pytest.raises(UserError) as caught:
+        minibooth.load("owner/small")
+    assert str(caught.value).startswith("owner/small is no folder here, and could not be had from the hub (")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_push_arrives(hub, sd1):
+    """The stand-in's other direction, for the tests of --push_to_hub."""
+    api = HfApi(token="hf_none")
+    repo = api.create_repo("owner/small", exist_ok=True).repo_id
+    done = api.upload_folder(repo_id=repo, folder_path=sd1, commit_message="trained")
+    assert done.oid == hub.commit("owner/small")
+    assert hub.repositories["owner/small"] == content(sd1)

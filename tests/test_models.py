@@ -1,0 +1,207 @@
+"""The networks: the numbers of diffusers and transformers on the same weights, and what holds without a reference."""
+
+import pytest
+import torch
+from conftest import SD2, TEXT_ENCODER, UNET, VAE_CONFIG, randomise
+
+import minibooth
+from minibooth.errors import UserError
+from minibooth.models.clip import CLIPText
+from minibooth.models.config import CLIPTextConfig, UNetConfig, VAEConfig
+from minibooth.models.unet import UNet
+from minibooth.models.vae import VAE, Posterior
+
+PROMPTS = ["a photo of sks dog", "", "a cat! " * 60]
+
+
+def normals(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def error(ours, theirs):
+    """Largest difference, in units of the largest value."""
+    assert ours.shape == theirs.shape
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+@pytest.fixture(scope="module")
+def ours(checkpoint):
+    return minibooth.load(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def theirs(checkpoint):
+    diffusers = pytest.importorskip("diffusers")
+    return diffusers.StableDiffusionPipeline.from_pretrained(checkpoint)
+
+
+@pytest.fixture
+def context(ours):
+    return ours.encode_prompts(PROMPTS)
+
+
+# ---- the references' numbers
+
+
+def test_text_encoder_gives_the_numbers_of_transformers(ours, theirs):
+    ids = ours.tokenizer(PROMPTS)
+    with torch.no_grad():
+        assert error(ours.text_encoder(ids), theirs.text_encoder(ids).last_hidden_state) <= 1e-5
+
+
+@pytest.mark.parametrize("batch, height, width", [(1, 64, 64), (2, 40, 72)])
+def test_vae_gives_the_numbers_of_diffusers(ours, theirs, batch, height, width):
+    images, latents = normals(batch, 3, height, width).tanh(), normals(batch, 4, height // 8, width // 8)
+    with torch.no_grad():
+        posterior, expected = ours.vae.encode(images), theirs.vae.encode(images).latent_dist
+        assert error(posterior.mean, expected.mean) <= 1e-5
+        assert error(posterior.std, expected.std) <= 1e-5
+        assert error(ours.vae.decode(latents), theirs.vae.decode(latents).sample) <= 1e-5
+
+
+@pytest.mark.parametrize("batch, height, width", [(1, 8, 8), (2, 8, 24), (3, 9, 13)])
+def test_unet_gives_the_numbers_of_diffusers(ours, theirs, context, batch, height, width):
+    x, t = normals(batch, 4, height, width), torch.tensor([999, 0, 437])[:batch]
+    with torch.no_grad():
+        expected = theirs.unet(x, t, context[:batch]).sample
+        assert error(ours.unet(x, t, context[:batch]), expected) <= 1e-5
+
+
+def test_unet_gradients_are_those_of_diffusers(ours, theirs, context):
+    x, t, target = normals(2, 4, 8, 24), torch.tensor([3, 801]), normals(2, 4, 8, 24, seed=1)
+    gradients = []
+    for predict, unet in ((ours.unet, ours.unet), (lambda *inputs: theirs.unet(*inputs).sample, theirs.unet)):
+        loss = (predict(x, t, context[:2]) - target).square().mean()
+        named = dict(unet.named_parameters())
+        gradients.append(dict(zip(named, torch.autograd.grad(loss, named.values()), strict=True)))
+    assert gradients[0].keys() == gradients[1].keys()
+    worst = max((error(gradients[0][name], gradients[1][name]), name) for name in gradients[0])
+    assert worst[0] <= 1e-4, worst
+
+
+# ---- laws that need no reference
+
+
+def test_unet_treats_the_samples_of_a_batch_alone(ours, context):
+    x, t = normals(3, 4, 9, 13), torch.tensor([999, 0, 437])
+    with torch.no_grad():
+        together = ours.unet(x, t, context)
+        alone = torch.cat([ours.unet(x[i : i + 1], t[i].item(), context[i : i + 1]) for i in range(3)])
+    assert error(together, alone) <= 1e-5
+
+
+def test_unet_heeds_picture_time_and_prompt(ours, context):
+    """The small networks would hide a mistake if an input hardly mattered to them."""
+    inputs = [normals(1, 4, 8, 8), torch.tensor([100]), context[:1]]
+    others = [normals(1, 4, 8, 8, seed=1), torch.tensor([900]), context[1:2]]
+    with torch.no_grad():
+        before = ours.unet(*inputs)
+        for i in range(3):
+            after = ours.unet(*inputs[:i], others[i], *inputs[i + 1 :])
+            assert (after - before).std() > 0.05 * before.std()
+
+
+def test_text_encoder_is_causal(ours):
+    ids = ours.tokenizer(PROMPTS[:1])
+    changed = ids.clone()
+    changed[0, 5] = 1 + ids[0, 5]
+    with torch.no_grad():
+        before, after = ours.text_encoder(ids), ours.text_encoder(changed)
+    assert torch.equal(before[:, :5], after[:, :5])
+    assert ((before - after)[0, 5:].abs().amax(dim=1) > 1e-3).all()
+
+
+def test_vae_divides_a_side_by_its_factor(ours):
+    vae = ours.vae
+    assert (vae.factor, vae.scaling_factor) == (8, 0.18215)
+    with torch.no_grad():
+        posterior = vae.encode(normals(2, 3, 32, 48))
+        assert posterior.mean.shape == posterior.std.shape == (2, 4, 4, 6)
+        assert vae.decode(posterior.mean).shape == (2, 3, 32, 48)
+
+
+def test_three_levels_make_a_factor_of_four():
+    """The VAE of the x4 upscaler."""
+    three = {"block_out_channels": [8] * 3, "down_block_types": [], "up_block_types": []}
+    vae = VAE(VAEConfig.from_dict(VAE_CONFIG | three))
+    assert vae.factor == 4
+    assert vae.encode(normals(1, 3, 16, 8)).mean.shape == (1, 4, 4, 2)
+
+
+def test_a_posterior_is_a_gaussian_of_its_mean_and_std():
+    mean, std = torch.tensor([-3.0, 0.5]), torch.tensor([0.01, 2.0])
+    posterior = Posterior(mean.expand(100_000, 2), std.expand(100_000, 2))
+    drawn = posterior.sample(torch.Generator().manual_seed(0))
+    assert torch.allclose((drawn.mean(0) - mean) / std, torch.zeros(2), atol=0.02)
+    assert torch.allclose(drawn.std(0) / std, torch.ones(2), atol=0.02)
+    assert torch.equal(drawn, posterior.sample(torch.Generator().manual_seed(0)))
+    assert not torch.equal(drawn, posterior.sample(torch.Generator().manual_seed(1)))
+
+
+def test_a_posterior_never_overflows():
+    """logvar is clamped to [-30, 20]."""
+    vae = VAE(VAEConfig.from_dict(VAE_CONFIG))
+    with torch.no_grad():
+        vae.quant_conv.weight.zero_()
+        vae.quant_conv.bias.copy_(torch.tensor([0.0] * 4 + [-1e4, -30, 20, 1e4]))
+        std = vae.encode(normals(1, 3, 8, 8)).std.flatten()
+    assert torch.allclose(std.log(), torch.tensor([-15.0, -15, 10, 10]))
+
+
+def test_half_precision_changes_little_and_keeps_the_dtype():
+    unet = UNet(UNetConfig.from_dict(UNET | SD2["unet"]))
+    randomise(unet, seed=0)
+    inputs = normals(1, 4, 8, 8), torch.tensor([500]), normals(1, 77, unet.config.cross_attention_dim)
+    with torch.no_grad():
+        expected = unet(*inputs)
+        half = unet.bfloat16()(inputs[0].bfloat16(), inputs[1], inputs[2].bfloat16())
+    assert half.dtype == torch.bfloat16
+    assert error(half.float(), expected) < 0.05
+
+
+# ---- configurations
+
+UNSUPPORTED = [
+    (UNetConfig, UNET, "class_embed_type", "timestep"),
+    (UNetConfig, UNET, "addition_embed_type", "text_time"),
+    (UNetConfig, UNET, "flip_sin_to_cos", False),
+    (UNetConfig, UNET, "resnet_time_scale_shift", "scale_shift"),
+    (UNetConfig, UNET, "mid_block_type", None),
+    (UNetConfig, UNET, "act_fn", "gelu"),
+    (UNetConfig, UNET, "a_key_of_tomorrow", 1),
+    (VAEConfig, VAE_CONFIG, "use_quant_conv", False),
+    (VAEConfig, VAE_CONFIG, "latents_mean", [0.0]),
+]
+
+
+@pytest.mark.parametrize("config, published, key, value", UNSUPPORTED, ids=[row[2] for row in UNSUPPORTED])
+def test_a_setting_that_is_not_implemented_is_refused_by_name(config, published, key, value):
+    with pytest.raises(UserError, match=key):
+        config.from_dict(published | {key: value})
+
+
+@pytest.mark.parametrize(
+    "network, config, published, change",
+    [
+        (CLIPText, CLIPTextConfig, TEXT_ENCODER, {"hidden_act": "swish"}),
+        (UNet, UNetConfig, UNET, {"down_block_types": ["DownBlock2D"] * 3 + ["AttnDownBlock2D"]}),
+        (UNet, UNetConfig, UNET, {"_class_name": "UNet3DConditionModel"}),
+        (VAE, VAEConfig, VAE_CONFIG, {"_class_name": "AutoencoderTiny"}),
+    ],
+    ids=["activation", "block", "unet", "vae"],
+)
+def test_what_we_have_no_code_for_is_refused_by_name(network, config, published, change):
+    value = next(iter(change.values()))
+    with pytest.raises(UserError, match=value if isinstance(value, str) else value[-1]):
+        network(config.from_dict(published | change))
+
+
+def test_neutral_settings_of_newer_files_change_nothing():
+    newer = {"class_embed_type": None, "conv_in_kernel": 3, "dropout": 0.0, "attention_type": "default", "_use_ema": 1}
+    assert UNetConfig.from_dict(UNET | newer) == UNetConfig.from_dict(UNET)
+
+
+@pytest.mark.parametrize("said, heads", [(4, [4, 4, 4]), ([1, 2, 4, 4], [1, 2, 4])])
+def test_attention_head_dim_is_the_number_of_heads(said, heads):
+    blocks = UNet(UNetConfig.from_dict(UNET | {"attention_head_dim": said})).down_blocks[:3]
+    assert [block.attentions[0].transformer_blocks[0].attn2.heads for block in blocks] == heads
