@@ -1,6 +1,5 @@
 """Teach a Stable Diffusion a subject from 3-5 photographs: DreamBooth (arXiv 2208.12242)."""
 
-import argparse
 import dataclasses
 import sys
 import typing
@@ -18,7 +17,7 @@ EPILOGUE = "The flags are those of diffusers' train_dreambooth.py, with its spel
 
 def parse(argv: Sequence[str]) -> Settings:
     """Command line -> Settings; each field of the dataclass is a flag."""
-    parser = argparse.ArgumentParser("python -m minibooth.train", None, __doc__, EPILOGUE, allow_abbrev=False)
+    parser = command.Parser("python -m minibooth.train", __doc__, EPILOGUE)
     for f in dataclasses.fields(Settings):
         kind = next((each for each in typing.get_args(f.type) if each is not type(None)), f.type)
         how = {"action": "store_true"} if kind is bool else {"type": kind, "choices": f.metadata.get("choices")}
@@ -33,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
     torch.backends.cuda.matmul.allow_tf32 = settings.allow_tf32
     precision = settings.prior_generation_precision or ("fp16" if device.type == "cuda" else "fp32")
     trainer = Trainer(settings, device, command.DTYPES[settings.mixed_precision or "no"], command.DTYPES[precision])
-    print("\n".join(f"{name:>10}  {value}" for name, value in trainer.summary()))
+    print("\n".join(f"{name:>10}  {value}" for name, value in trainer.summary()), flush=True)
     trainer.train()
     if settings.push_to_hub:
         print(f"uploaded to {push(settings)}")

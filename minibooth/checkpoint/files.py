@@ -6,10 +6,12 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -28,7 +30,7 @@ class Tensors(Mapping[str, Tensor]):
     """
 
     def __init__(self, files: list[Path]):
-        self._owner = {}
+        self._owner: dict[str, Any] = {}
         for path in files:
             try:
                 handle = safetensors.safe_open(path, framework="pt")
@@ -73,7 +75,10 @@ def weights_of(folder: Path, stem: str, variant: str | None = None) -> Tensors:
     if single.is_file():
         return Tensors([single])
     if index.is_file():
-        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+        names = read_json(index).get("weight_map")
+        shards = sorted({str(name) for name in names.values()}) if isinstance(names, dict) else []
+        if not shards:
+            raise UserError(f"{index} lists no files; download it again")
         for shard in shards:
             if shard != Path(shard).name or shard == "..":
                 raise UserError(f"{index} points outside its folder ({shard}); do not use this checkpoint")
@@ -83,9 +88,9 @@ def weights_of(folder: Path, stem: str, variant: str | None = None) -> Tensors:
     found = sorted(path.name for path in folder.glob("*") if path.suffix in {".safetensors", *PICKLES})
     if found and all(name.endswith(PICKLES) for name in found):
         raise UserError(f"{folder} holds only a pickle ({found[0]}), which is never opened here; convert it to safetensors")
-    others = sorted({name.removeprefix(f"{stem}.").split(".")[0].split("-")[0] for name in found if name.startswith(f"{stem}.")})
-    remedy = f"; there is a variant {', '.join(v or 'without a name' for v in others)}: see --variant" if others else ""
-    raise UserError(f"{single} is missing{remedy}")
+    variants = {m[1] for name in found if (m := re.fullmatch(rf"{stem}\.?(\w*?)(?:-\d+-of-\d+)?\.safetensors", name))}
+    there = ", ".join(name or "without a name" for name in sorted(variants))
+    raise UserError(f"{single} is missing{f'; the variants there are {there}: see --variant' if there else ''}")
 
 
 def read_json(path: Path) -> dict:
@@ -134,7 +139,7 @@ def replacing(path: Path, merge: bool = False) -> Iterator[Path]:
             moves = [(entry, path / entry.name) for entry in sorted(new.iterdir(), key=Path.is_file)]
         with contextlib.ExitStack() as undo:  # where a move fails, the others are taken back
             for source, target in moves:
-                if target.is_dir() or (merge and target.exists()):
+                if target.is_dir():
                     old = scratch / f"old-{target.name}"
                     os.rename(target, old)
                     undo.callback(os.rename, old, target)
@@ -146,7 +151,7 @@ def replacing(path: Path, merge: bool = False) -> Iterator[Path]:
 
 
 def hash_of(tensors: Mapping[str, Tensor]) -> str:
-    """A short fingerprint of weights: equal for equal names and bits. Samples a stride of each tensor, to be quick at any size."""
+    """A short fingerprint of weights, from a thousand values of each tensor, so that it is quick at any size."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         flat = tensors[name].detach().flatten()

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +91,7 @@ class Source:
     @property
     def kind(self) -> str:
         """The pipeline's class, as diffusers calls it."""
-        return self.json("model_index.json").get("_class_name", "checkpoint of unknown kind")
+        return self.json("model_index.json").get("_class_name") or "checkpoint of unknown kind"
 
     def json(self, path: str) -> dict:
         """One of the small files, parsed. Raises UserError where it is missing or damaged."""
@@ -103,13 +103,20 @@ class Source:
         """The tokenizer of the folder of that name. Raises UserError where its vocabulary is missing."""
         return Tokenizer.from_files({name[10:]: data for name, data in self.files.items() if name.startswith("tokenizer/")})
 
-    def build(self, name: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> nn.Module:
+    def build(self, name: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Any:
         """The component's network with its weights, in eval mode. Raises UserError at the first name or shape that differs."""
         component = COMPONENTS[name]
-        with torch.device("meta"):
-            network = component.network(component.config.from_dict(self.json(f"{name}/config.json")))
+        config = self.json(f"{name}/config.json")
+        try:
+            with torch.device("meta"):
+                network = component.network(component.config.from_dict(config))
+        except (TypeError, ValueError, LookupError) as error:
+            raise UserError(f"{self.name}/{name}/config.json describes no network that is known here: {error}") from error
         wanted, tensors = network.state_dict(), self.weights[name]
-        for kind, keys in (("lacks", wanted.keys() - tensors.keys()), ("has unexpected", tensors.keys() - wanted.keys())):
+        for kind, keys in (
+            ("lacks", wanted.keys() - tensors.keys()),
+            ("has unexpected", tensors.keys() - wanted.keys()),
+        ):
             if keys:
                 raise UserError(f"{self.name}: {name} {kind} {min(keys)} and {len(keys) - 1} more; is it of another kind?")
         state = {key: tensors[key] for key in wanted}
@@ -128,9 +135,10 @@ class Source:
         """
         index = self.json("model_index.json")
         kept = {path.split("/")[0] for path in self.files} - {"safety_checker", "image_encoder"}
-        index = {key: [None, None] if isinstance(x, list) and key not in kept else x for key, x in index.items()}
+        new = {key: [None, None] if isinstance(x, list) and key not in kept else x for key, x in index.items()}
+        small = self.files | ({"model_index.json": json.dumps(new, indent=2).encode()} if new != index else {})
         with files.replacing(folder, merge=True) as temporary:
-            for path, data in (self.files | {"model_index.json": json.dumps(index, indent=2).encode()}).items():
+            for path, data in small.items():
                 if path.split("/")[0] in kept:
                     (temporary / path).parent.mkdir(parents=True, exist_ok=True)
                     (temporary / path).write_bytes(data)

@@ -11,17 +11,17 @@ PIPELINES = {"StableDiffusionPipeline": StableDiffusion}
 
 
 def load(
-    source: str | Path,
+    source: str | Path | Source,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     variant: str | None = None,
     prediction_type: str | None = None,
     revision: str | None = None,
 ) -> StableDiffusion:
-    """A ready pipeline from a folder in the diffusers layout, or from "owner/name" on the hub.
+    """A ready pipeline from a folder in the diffusers layout, from "owner/name" on the hub, or from an open Source.
 
     variant: the infix of the files to read, such as fp16. prediction_type: overrules the folder's "epsilon" or
     "v_prediction". revision: the hub's branch, tag or commit. Raises UserError for what cannot be opened.
     """
-    opened = Source.open(source, variant, revision)
+    opened = source if isinstance(source, Source) else Source.open(source, variant, revision)
     return PIPELINES[opened.kind].build(opened, dtype, device, prediction_type)

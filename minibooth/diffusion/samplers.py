@@ -65,9 +65,7 @@ def ddpm(predict: Predict, x: Tensor, scheduler: DDPMScheduler, steps: int, nois
         yield x
 
 
-def ddim(
-    predict: Predict, x: Tensor, scheduler: DDPMScheduler, steps: int, noise: Noise, eta: float = 0.0
-) -> Iterator[Tensor]:
+def ddim(predict: Predict, x: Tensor, scheduler: DDPMScheduler, steps: int, noise: Noise, eta: float = 0.0) -> Iterator[Tensor]:
     """Deterministic at eta 0; at eta 1 as random as ddpm."""
     a = scheduler.alphas_cumprod.tolist()
     for t in scheduler.timesteps(steps).tolist():

@@ -4,6 +4,7 @@ Shapes: B pictures, N prompt tokens, D width of their encoding, h x w latent siz
 """
 
 import secrets
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +28,14 @@ from minibooth.models.vae import VAE
 
 @dataclass
 class StableDiffusion:
-    """A Stable Diffusion 1 or 2. A network may be given up (set to None) to free its memory; `save` still writes it."""
+    """A Stable Diffusion 1 or 2. `release` frees a network's memory; `save` still writes it."""
 
     source: Source
     tokenizer: Tokenizer
     scheduler: DDPMScheduler
-    text_encoder: CLIPText | None
+    text_encoder: CLIPText
     unet: UNet
-    vae: VAE | None
+    vae: VAE
 
     @classmethod
     def build(cls, source: Source, dtype: torch.dtype, device: torch.device | str, prediction_type: str | None = None):
@@ -44,14 +45,16 @@ class StableDiffusion:
         if unet.config.in_channels != vae.config.latent_channels:
             kind = "an inpainting model" if unet.config.in_channels == 9 else "not text-to-image"
             raise UserError(f"{source.name} is {kind}: its UNet takes {unet.config.in_channels} channels")
-        scheduler = DDPMScheduler.from_config(
-            schedule | ({"prediction_type": prediction_type} if prediction_type else {})
-        )
+        scheduler = DDPMScheduler.from_config(schedule | ({"prediction_type": prediction_type} if prediction_type else {}))
         return cls(source, source.tokenizer(), scheduler, text, unet, vae)
 
     def save(self, folder: str | Path) -> None:
         """Write the diffusers layout, as it was read (`Source.save`): whole, or not at all."""
         self.source.save(Path(folder), {"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder})
+
+    def release(self, name: str) -> None:
+        """Give up "text_encoder" or "vae" once it has nothing left to do; `save` copies it from where it was read."""
+        setattr(self, name, None)
 
     @property
     def device(self) -> torch.device:
@@ -93,48 +96,46 @@ class StableDiffusion:
             raise UserError(f"{len(negative)} negative prompts for {len(prompts)} prompts")
         context = self.encode_prompts(prompts)
         unconditional = self.encode_prompts(negative) if guidance_scale > 1 else None
-        return self.draw(context, unconditional, height, width, steps, guidance_scale, sampler, seed, latents)
+        first = secrets.randbits(32) if seed is None else seed
+        seeds = range(first, first + len(prompts))
+        return self.draw(context, unconditional, seeds, height, width, steps, guidance_scale, sampler, latents)
 
     @torch.no_grad()
     def draw(
         self,
         context: Tensor,
         unconditional: Tensor | None,
+        seeds: Sequence[int],
         height: int | None = None,
         width: int | None = None,
         steps: int = 50,
         guidance_scale: float = 7.5,
         sampler: str = "ddim",
-        seed: int | Sequence[int] | None = None,
         latents: Tensor | None = None,
     ) -> list[Image.Image]:
-        """`generate` from encoded prompts [B, N, D], with one seed or B; without `unconditional` there is no guidance."""
-        seed = secrets.randbits(32) if seed is None else seed
-        seeds = range(seed, seed + len(context)) if isinstance(seed, int) else seed
-        generators = [torch.Generator().manual_seed(each) for each in seeds]
+        """A picture for each seed from encoded prompts, [B, N, D] or [1, N, D]; no guidance without `unconditional`."""
+        B = len(seeds)
+        conditions = [each.expand(B, -1, -1) for each in (unconditional, context) if each is not None]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         if latents is None:
-            default, factor = self.unet.config.sample_size, self.vae.factor
-            sides = default if isinstance(default, tuple) else (default, default)
-            size = [given or side * factor for given, side in zip((height, width), sides, strict=True)]
-            if any(side % 8 or side <= 0 for side in size):
-                raise UserError(
-                    f"a picture of {size[1]} x {size[0]} cannot be drawn: both sides must be divisible by 8"
-                )
-            shape = len(context), self.unet.config.in_channels, size[0] // factor, size[1] // factor
-            latents = gaussian(shape, generators)
+            latents = gaussian((B, self.unet.config.in_channels, *self.latent_size(height, width)), generators)
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
-            x = x.to(self.dtype)
-            if unconditional is None:
-                return self.unet(x, t, context)
-            without, within = self.unet(
-                torch.cat([x, x]), torch.cat([t, t]), torch.cat([unconditional, context])
-            ).chunk(2)
-            return without + guidance_scale * (within - without)  # Ho & Salimans 2022, eq. 6
+            copies = len(conditions)
+            outputs = self.unet(x.to(self.dtype).repeat(copies, 1, 1, 1), t.repeat(copies), torch.cat(conditions)).chunk(copies)
+            return torch.lerp(outputs[0], outputs[-1], guidance_scale)  # Ho & Salimans 2022, eq. 6
 
         x = latents.to(self.device, torch.float32)
         states = trajectory(predict, x, self.scheduler, steps, sampler, generators)
-        for x in tqdm(states, total=calls(sampler, steps), leave=False, disable=None):
-            pass
+        x = deque(tqdm(states, total=calls(sampler, steps), leave=False, disable=None), maxlen=1).pop()
         pictures = self.vae.decode((x / self.vae.scaling_factor).to(self.vae.post_quant_conv.weight.dtype))
         return [to_image(picture) for picture in pictures]
+
+    def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """h and w of a picture's latent; the model's own for None. Raises UserError for sides not divisible by 8."""
+        own = self.unet.config.sample_size
+        sides = own if isinstance(own, tuple) else (own, own)
+        H, W = (given or side * self.vae.factor for given, side in zip((height, width), sides, strict=True))
+        if H % 8 or W % 8 or min(H, W) <= 0:
+            raise UserError(f"a picture of {W} x {H} pixels cannot be drawn: both sides must be divisible by 8")
+        return H // self.vae.factor, W // self.vae.factor

@@ -35,15 +35,17 @@ def find_pictures(folder: Path) -> tuple[list[Path], list[Path]]:
     """
     if not folder.is_dir():
         raise UserError(f"no such folder of pictures: {folder}")
-    pictures, skipped = [], []
+    pictures: list[Path] = []
+    skipped: list[Path] = []
     for path in sorted(folder.iterdir()):
-        (pictures if _is_picture(path) else skipped).append(path)
+        (pictures if is_picture(path) else skipped).append(path)
     if not pictures:
         raise UserError(f"no picture in {folder}: put JPEG or PNG files there")
     return pictures, skipped
 
 
-def _is_picture(path: Path) -> bool:
+def is_picture(path: Path) -> bool:
+    """Whether a file decodes. Raises UserError for one that does not but should."""
     if path.name.startswith(".") or not path.is_file():
         return False
     try:
@@ -65,9 +67,7 @@ def open_picture(path: Path) -> Image.Image:
                 raise ValueError("a camera's raw file")
             return _rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError as error:
-        raise UserError(
-            f"picture {path} is too large: make it smaller than {2 * Image.MAX_IMAGE_PIXELS} pixels"
-        ) from error
+        raise UserError(f"picture {path} is too large; make it smaller ({error})") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on broken files
         raise UserError(f"cannot read picture {path} ({error}): convert it to JPEG or PNG, or remove it") from error
 

@@ -1,9 +1,9 @@
 """What a run leaves in its output folder, so that it can be watched, repeated and resumed.
 
-    run.json          all settings, versions, and the command that repeats the run
-    metrics.jsonl     a line per step: step, loss, subject, prior, lr, seconds
-    samples/          step-N.png, grids of the validation prompt from the same noise
-    checkpoint-N/     trained networks in fp32 (the layout of the final model), optimizer.safetensors, state.json
+run.json          all settings, versions, and the command that repeats the run
+metrics.jsonl     a line per step: step, loss, subject, prior, lr, seconds
+samples/          step-N.png, grids of the validation prompt from the same noise
+checkpoint-N/     trained networks in fp32 (the layout of the final model), optimizer.safetensors, state.json
 """
 
 import dataclasses
@@ -38,7 +38,9 @@ class Journal:
         """Write run.json and drop the metrics of steps that will be done again."""
         given = {f.name: getattr(self.settings, f.name) for f in dataclasses.fields(Settings)}
         given = {name: value for name, value in given.items() if value != Settings.__dataclass_fields__[name].default}
-        words = [word for name, value in given.items() for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
+        words = [
+            word for name, value in given.items() for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
+        ]
         run = {
             "command": shlex.join(["python", "-m", "minibooth.train", *words]),
             "settings": dataclasses.asdict(self.settings) | {"hub_token": None},

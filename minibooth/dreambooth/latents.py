@@ -2,13 +2,14 @@
 
 The VAE's posterior is kept, not a sample of it, so that each step still sees fresh posterior noise.
 
-Shapes: Z latent channels, h x w latent size.
+Shapes: Z latent channels, h x w latent size, H x W = resolution x resolution.
 """
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from minibooth.diffusion.noise import generator
@@ -24,13 +25,13 @@ class Latents:
     the diffusion model's units (the VAE's times its scaling factor).
     """
 
-    def __init__(self, name: str, pictures: Sequence[Path], settings: Settings):
-        self.name, self.pictures, self.settings = name, pictures, settings
+    def __init__(self, name: str, pictures: Sequence[Path], settings: Settings, seed: int):
+        self.name, self.pictures, self.settings, self.seed = name, pictures, settings, seed
         self.encoded: dict[tuple[int, int], Posterior] = {}
 
     def which(self, n: int) -> tuple[int, int]:
         """Sample n -> (picture, crop): every picture once before any comes again."""
-        seed, crops = self.settings.seed, self.settings.crops_per_image
+        seed, crops = self.seed, self.settings.crops_per_image
         epoch, place = divmod(n, len(self.pictures))
         order = torch.randperm(len(self.pictures), generator=generator(seed, self.name, "order", epoch))
         number = torch.randint(crops, (), generator=generator(seed, self.name, "crop", n)) if crops else n
@@ -40,20 +41,25 @@ class Latents:
         """Encode the crops that these samples will want, after which the VAE may go; or keep it, to encode on the fly."""
         self.vae = None if self.settings.crops_per_image else vae
         wanted = set() if self.vae else {self.which(n) for n in samples}
+        known: dict[bytes, Posterior] = {}  # a square picture has but one crop, or two with its mirror image
         for which in tqdm(sorted(wanted), desc=f"encoding the {self.name}", leave=False, disable=None):
-            self.encoded[which] = self.encode(vae, *which)
+            pixels = self.cut(*which)
+            content = pixels.numpy().tobytes()
+            self.encoded[which] = known[content] = known.get(content) or self.encode(vae, pixels)
 
     def __getitem__(self, n: int) -> Posterior:
         which = self.which(n)
-        return self.encode(self.vae, *which) if self.vae else self.encoded[which]
+        return self.encode(self.vae, self.cut(*which)) if self.vae else self.encoded[which]
+
+    def cut(self, picture: int, number: int) -> Tensor:
+        """One crop of one picture, [3, H, W] in [-1, 1]."""
+        s, place = self.settings, generator(self.seed, self.name, "place", picture, number)
+        image = open_picture(self.pictures[picture])
+        return crop(image, s.resolution, s.center_crop, s.random_flip, place, s.image_interpolation_mode).pixels
 
     @torch.no_grad()
-    def encode(self, vae: VAE, picture: int, number: int) -> Posterior:
-        """One crop of one picture through the VAE."""
-        s = self.settings
-        place = generator(s.seed, self.name, "place", picture, number)
-        image = open_picture(self.pictures[picture])
-        square = crop(image, s.resolution, s.center_crop, s.random_flip, place, s.image_interpolation_mode)
+    def encode(self, vae: VAE, pixels: Tensor) -> Posterior:
+        """A crop through the VAE."""
         weight = vae.quant_conv.weight
-        posterior = vae.encode(square.pixels[None].to(weight.device, weight.dtype))
+        posterior = vae.encode(pixels[None].to(weight.device, weight.dtype))
         return Posterior(*(x.float().cpu() * vae.scaling_factor for x in (posterior.mean, posterior.std)))

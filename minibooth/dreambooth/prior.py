@@ -7,58 +7,58 @@ sampler, size, seed), so that they are reused only for what they were drawn for,
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from minibooth.checkpoint import files
-from minibooth.diffusion import load
+from minibooth.checkpoint.load import Source
 from minibooth.diffusion.images import save_png
-from minibooth.dreambooth.data import find_pictures
+from minibooth.diffusion.text_to_image import StableDiffusion
+from minibooth.dreambooth.data import find_pictures, is_picture
 from minibooth.dreambooth.settings import Settings
 
-DRAWING = {"sampler": "ddim", "steps": 50, "guidance_scale": 7.5}
+DRAWING: dict[str, Any] = {"sampler": "ddim", "steps": 50, "guidance_scale": 7.5}
 
 
-def class_pictures(settings: Settings, device: torch.device, dtype: torch.dtype) -> list[Path]:
-    """The pictures to preserve the class with: the user's own in --class_data_dir, topped up by drawn ones.
+class ClassPictures:
+    """The user's own pictures in --class_data_dir, topped up to --num_class_images by drawn ones; picture i has seed i.
 
-    Draws in `dtype` on `device`; picture i has seed i. Raises UserError for pictures that cannot be read.
+    `pictures` are all of them, of which `missing` are still to be drawn. Raises UserError for pictures that cannot be read.
     """
-    folder = Path(settings.class_data_dir or Path(settings.output_dir) / "class")
-    own = find_pictures(folder)[0] if folder.is_dir() and any(entry.is_file() for entry in folder.iterdir()) else []
-    count = max(0, settings.num_class_images - len(own))
-    if not count:
-        return own
 
-    pipe = load(settings.pretrained_model_name_or_path, dtype, device, settings.variant, revision=settings.revision)
-    weights = {f"{part}.{name}": x for part, tensors in pipe.source.weights.items() for name, x in tensors.items()}
-    manifest = {
-        "prompt": settings.class_prompt,
-        "resolution": settings.resolution,
-        "weights": files.hash_of(weights),
-        "scheduler": pipe.scheduler.config,
-        "dtype": str(dtype),
-        **DRAWING,
-    }
-    key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:10]
-    drawn = folder / f"drawn-{key}"
-    others = [path.name for path in folder.glob("drawn-*") if path != drawn]
-    if others and not drawn.exists():
-        print(f"class pictures in {', '.join(others)} are of another prompt, model or setting: drawing anew")
-    with files.replacing(drawn / "manifest.json") as temporary:
-        temporary.write_text(json.dumps(manifest, indent=2) + "\n")
+    def __init__(self, settings: Settings, source: Source, dtype: torch.dtype):
+        self.settings = settings
+        folder = Path(settings.class_data_dir or Path(settings.output_dir) / "class")
+        own = find_pictures(folder)[0] if folder.is_dir() and any(map(is_picture, folder.iterdir())) else []
+        weights = {f"{part}.{name}": x for part, tensors in source.weights.items() for name, x in tensors.items()}
+        self.manifest = {
+            "prompt": settings.class_prompt,
+            "resolution": settings.resolution,
+            "weights": files.hash_of(weights),
+            "scheduler": source.json("scheduler/scheduler_config.json"),
+            "dtype": str(dtype),
+            **DRAWING,
+        }
+        key = hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()[:10]
+        self.folder = folder / f"drawn-{key}"
+        self.outdated = [path.name for path in folder.glob("drawn-*") if path != self.folder]
+        drawn = [self.folder / f"{i:05d}.png" for i in range(settings.num_class_images - len(own))]
+        self.missing = {i: path for i, path in enumerate(drawn) if not path.exists()}
+        self.pictures = own + drawn
 
-    pictures = [drawn / f"{i:05d}.png" for i in range(count)]
-    missing = [i for i, path in enumerate(pictures) if not path.exists()]
-    context, unconditional = pipe.encode_prompts([settings.class_prompt]), pipe.encode_prompts([""])
-    bar = tqdm(total=len(missing), desc="drawing class pictures", disable=None)
-    for start in range(0, len(missing), settings.sample_batch_size):
-        seeds = missing[start : start + settings.sample_batch_size]
-        prompts = (prompt.expand(len(seeds), -1, -1) for prompt in (context, unconditional))
-        side = settings.resolution
-        for i, picture in zip(seeds, pipe.draw(*prompts, height=side, width=side, seed=seeds, **DRAWING), strict=True):
-            save_png(picture, pictures[i], {"prompt": settings.class_prompt, "seed": str(i)})
-        bar.update(len(seeds))
-    bar.close()
-    return own + pictures
+    def draw(self, pipe: StableDiffusion) -> None:
+        """Draw the missing ones with the frozen pipeline, a batch at a time, and keep each as soon as it is there."""
+        if not self.folder.exists() and self.outdated:
+            print(f"class pictures in {', '.join(self.outdated)} are of another prompt, model or setting: drawing anew")
+        with files.replacing(self.folder / "manifest.json") as temporary:
+            temporary.write_text(json.dumps(self.manifest, indent=2) + "\n")
+        side, todo, size = self.settings.resolution, list(self.missing), self.settings.sample_batch_size
+        context, unconditional = pipe.encode_prompts([self.settings.class_prompt, ""]).split(1)
+        with tqdm(total=len(todo), desc="drawing class pictures", disable=None) as bar:
+            for seeds in (todo[start : start + size] for start in range(0, len(todo), size)):
+                pictures = pipe.draw(context, unconditional, seeds, side, side, **DRAWING)
+                for seed, picture in zip(seeds, pictures, strict=True):
+                    save_png(picture, self.missing[seed], {"prompt": self.settings.class_prompt, "seed": str(seed)})
+                bar.update(len(seeds))

@@ -22,18 +22,20 @@ def flag(default: Any, help: str, **more: Any) -> Any:
 class Settings:
     """One run of python -m minibooth.train."""
 
-    pretrained_model_name_or_path: str | None = flag(None, "a folder in the diffusers layout, or owner/name on the hub")
+    pretrained_model_name_or_path: str = flag("", "a folder in the diffusers layout, or owner/name on the hub")
     revision: str | None = flag(None, "the hub's branch, tag or commit")
     variant: str | None = flag(None, "infix of the weight files to read, fp16 for instance")
-    instance_data_dir: str | None = flag(None, "folder with the subject's 3-5 photographs")
-    instance_prompt: str | None = flag(None, 'prompt with the identifier: "a photo of sks dog"')
+    instance_data_dir: str = flag("", "folder with the subject's 3-5 photographs")
+    instance_prompt: str = flag("", 'prompt with the identifier: "a photo of sks dog"')
     class_data_dir: str | None = flag(None, "folder of class pictures, topped up to --num_class_images; OUTPUT_DIR/class")
-    class_prompt: str | None = flag(None, 'prompt of the class: "a photo of dog"')
+    class_prompt: str = flag("", 'prompt of the class: "a photo of dog"')
     with_prior_preservation: bool = flag(False, "also train on class pictures, so that the class keeps its variety")
     prior_loss_weight: float = flag(1.0, "lambda of the paper")
     num_class_images: int = flag(100, "class pictures to train on; missing ones are drawn by the model itself")
     sample_batch_size: int = flag(4, "class pictures drawn at a time")
-    prior_generation_precision: str | None = flag(None, "for class pictures; fp16 on a GPU", choices=("no", "fp32", "fp16", "bf16"))
+    prior_generation_precision: str | None = flag(
+        None, "for class pictures; fp16 on a GPU", choices=("no", "fp32", "fp16", "bf16")
+    )
     resolution: int = flag(512, "side of the training crops in pixels")
     center_crop: bool = flag(False, "cut at the centre instead of anywhere")
     random_flip: bool = flag(False, "mirror every other crop")
@@ -90,7 +92,7 @@ class Settings:
             if not getattr(self, name):
                 raise UserError(f"--{name} is missing")
         if self.with_prior_preservation and not self.class_prompt:
-            raise UserError("--with_prior_preservation needs --class_prompt, such as \"a photo of dog\"")
+            raise UserError('--with_prior_preservation needs --class_prompt, such as "a photo of dog"')
         if self.resolution % 8 or self.resolution <= 0:
             raise UserError(f"--resolution {self.resolution} is not divisible by 8")
         least = dict.fromkeys(("crops_per_image", "lr_warmup_steps"), 0)
@@ -102,7 +104,9 @@ class Settings:
                 raise UserError(f"--{name} {value} is less than {bound}")
         decays = self.lr_scheduler not in ("constant", "constant_with_warmup")
         if decays and self.max_train_steps and self.lr_warmup_steps >= self.max_train_steps:
-            raise UserError(f"--lr_warmup_steps {self.lr_warmup_steps} leaves nothing of {self.max_train_steps} steps; set it to 0")
+            raise UserError(
+                f"--lr_warmup_steps {self.lr_warmup_steps} leaves nothing of {self.max_train_steps} steps; set it to 0"
+            )
 
     def notes(self) -> list[str]:
         """A line for each flag that was given and has no effect."""

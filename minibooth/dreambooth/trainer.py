@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,13 +34,13 @@ from minibooth.dreambooth.journal import Journal
 from minibooth.dreambooth.latents import Latents
 from minibooth.dreambooth.objective import dreambooth_loss
 from minibooth.dreambooth.optimizer import learning_rate, moments, restore
-from minibooth.dreambooth.prior import class_pictures
+from minibooth.dreambooth.prior import ClassPictures
 from minibooth.dreambooth.settings import Settings
 from minibooth.errors import UserError
 from minibooth.models.blocks import ResnetBlock, Transformer
 from minibooth.models.clip import Layer
 
-VALIDATION = {"steps": 25, "sampler": "dpmpp_2m"}
+VALIDATION: dict[str, Any] = {"steps": 25, "sampler": "dpmpp_2m"}
 OFFSET_NOISE = 0.1
 
 
@@ -56,38 +57,43 @@ class Trainer:
         self.resumed = self.journal.to_resume()
         state = files.read_json(self.resumed / "state.json") if self.resumed else {"step": 0}
         self.start: int = state["step"]
-        seed = state.get("seed", secrets.randbits(31)) if settings.seed is None else settings.seed
-        self.settings = s = self.journal.settings = dataclasses.replace(settings, seed=seed)
+        self.seed = state.get("seed", secrets.randbits(31)) if settings.seed is None else settings.seed
+        self.settings = s = self.journal.settings = dataclasses.replace(settings, seed=self.seed)
 
         pictures, self.skipped = find_pictures(Path(s.instance_data_dir))
         self.pipe = load(s.pretrained_model_name_or_path, variant=s.variant, revision=s.revision)
-        self.sets = [Latents("subject", pictures, s)]
-        self.prompts = [s.instance_prompt]
+        self.sets, self.prompts = [Latents("subject", pictures, s, self.seed)], [s.instance_prompt]
         if s.with_prior_preservation:
-            self.sets.append(Latents("class", class_pictures(s, device, prior_dtype), s))
+            self.prior, self.prior_dtype = ClassPictures(s, self.pipe.source, prior_dtype), prior_dtype
+            self.sets.append(Latents("class", self.prior.pictures, s, self.seed))
             self.prompts.append(s.class_prompt)
         self.steps = s.steps(max(len(latents.pictures) for latents in self.sets))
+        self.trained = {name: getattr(self.pipe, name) for name in ["unet"] + ["text_encoder"] * s.train_text_encoder}
 
+    def prepare(self) -> None:
+        """Everything before the first step: class pictures, networks in place, the optimizer, encoded prompts and pictures."""
+        s = self.settings
+        if s.with_prior_preservation and self.prior.missing:
+            self.prior.draw(load(self.pipe.source, self.prior_dtype, self.device))
+        for name in ("unet", "text_encoder", "vae"):
+            self.place(name, trains=name in self.trained)
         rates = {"unet": s.learning_rate, "text_encoder": s.text_encoder_lr or s.learning_rate}
-        self.trained = {name: self.place(name, True) for name in ["unet"] + ["text_encoder"] * s.train_text_encoder}
-        for name in {"text_encoder", "vae"} - self.trained.keys():
-            self.place(name, False)
         groups = [{"params": list(module.parameters()), "peak": rates[name]} for name, module in self.trained.items()]
         betas = s.adam_beta1, s.adam_beta2
         self.optimizer = torch.optim.AdamW(groups, 0.0, betas, s.adam_epsilon, s.adam_weight_decay, fused=True)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         if self.resumed:
             restore(self.optimizer, self.trained, files.Tensors([self.resumed / "optimizer.safetensors"]))
-            self.scaler.load_state_dict(state["scaler"])
+            self.scaler.load_state_dict(files.read_json(self.resumed / "state.json")["scaler"])
+        self.encode()
 
-    def place(self, name: str, trains: bool) -> nn.Module:
-        """A network that trains stays in fp32 (or where the checkpoint left it); another goes to the working precision."""
+    def place(self, name: str, trains: bool) -> None:
+        """Bring a network to the device: in fp32 if it trains (from the checkpoint, if any), else in the working precision."""
         module = getattr(self.pipe, name).requires_grad_(trains).to(self.device, torch.float32 if trains else self.dtype)
         if trains and self.resumed:
             module.load_state_dict(dict(files.weights_of(self.resumed / name, COMPONENTS[name].stem)))
         if trains and self.settings.gradient_checkpointing:
             recompute_activations(module)
-        return module
 
     def encode(self) -> None:
         """Encode prompts and pictures once, then let go of the networks that have nothing left to do."""
@@ -97,12 +103,12 @@ class Trainer:
             self.context = pipe.encode_prompts(self.prompts)
             if s.validation_prompt:
                 self.validation = pipe.encode_prompts([s.validation_prompt, ""])
-            pipe.text_encoder = None
+            pipe.release("text_encoder")
         per_step = s.train_batch_size * s.gradient_accumulation_steps
         for latents in self.sets:
             latents.prepare(pipe.vae, range(self.start * per_step, self.steps * per_step))
         if not s.validation_prompt:
-            pipe.vae = None
+            pipe.release("vae")
 
     def train(self) -> None:
         """The whole run, from the first step (or the checkpoint's next) to the saved pipeline.
@@ -110,8 +116,8 @@ class Trainer:
         Ctrl-C ends it with a checkpoint and KeyboardInterrupt. Raises UserError where the loss is no longer finite.
         """
         s, journal = self.settings, self.journal
+        self.prepare()
         journal.open(self.start)
-        self.encode()
         if not self.start:
             self.validate(0)
         bar = tqdm(total=self.steps, initial=self.start, mininterval=0.1 if sys.stderr.isatty() else 10, desc="training")
@@ -171,7 +177,7 @@ class Trainer:
 
     def sample(self, latents: Latents, n: int) -> tuple[Tensor, Tensor, Tensor]:
         """What the run's n-th sample is made of: latent x0 and noise [1, Z, h, w], timestep [1]. Depends on (seed, n) alone."""
-        rng = generator(self.settings.seed, latents.name, "sample", n)
+        rng = generator(latents.seed, latents.name, "sample", n)
         x0 = latents[n].sample(rng)
         noise = torch.randn(x0.shape, generator=rng)
         t = torch.randint(self.pipe.scheduler.num_train_timesteps, (1,), generator=rng)
@@ -180,12 +186,13 @@ class Trainer:
         return x0, noise, t
 
     def set_learning_rates(self, step: int) -> list[float]:
-        """The optimizer's rates for this step, one per trained network."""
+        """Give the optimizer this step's rates, one per trained network."""
         s = self.settings
         scale = s.train_batch_size * s.gradient_accumulation_steps if s.scale_lr else 1
         for group in self.optimizer.param_groups:
-            course = s.lr_scheduler, group["peak"] * scale, step, self.steps, s.lr_warmup_steps, s.lr_num_cycles, s.lr_power
-            group["lr"] = learning_rate(*course)
+            peak = group["peak"] * scale
+            rate = learning_rate(s.lr_scheduler, peak, step, self.steps, s.lr_warmup_steps, s.lr_num_cycles, s.lr_power)
+            group["lr"] = rate
         return [group["lr"] for group in self.optimizer.param_groups]
 
     def validate(self, step: int) -> None:
@@ -194,11 +201,11 @@ class Trainer:
         if not s.validation_prompt:
             return
         prompts = self.validation if self.validation is not None else self.pipe.encode_prompts([s.validation_prompt, ""])
-        context, unconditional = (prompt.expand(s.num_validation_images, -1, -1) for prompt in prompts.split(1))
+        context, unconditional = prompts.split(1)
+        seeds = range(self.seed, self.seed + s.num_validation_images)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            size = {"height": s.resolution, "width": s.resolution}
-            pictures = self.pipe.draw(context, unconditional, **size, seed=s.seed, **VALIDATION)
-        about = {"prompt": s.validation_prompt, "step": str(step), "seed": str(s.seed)}
+            pictures = self.pipe.draw(context, unconditional, seeds, s.resolution, s.resolution, **VALIDATION)
+        about = {"prompt": s.validation_prompt, "step": str(step), "seed": str(self.seed)}
         path = self.journal.folder / "samples" / f"step-{step}.png"
         path.parent.mkdir(exist_ok=True)
         save_png(grid(pictures, columns=4), path, about)
@@ -210,23 +217,32 @@ class Trainer:
                 files.write_weights(folder / name / f"{COMPONENTS[name].stem}.safetensors", module.state_dict())
                 (folder / name / "config.json").write_bytes(self.pipe.source.files[f"{name}/config.json"])
             files.write_weights(folder / "optimizer.safetensors", moments(self.optimizer, self.trained))
-            state = {"step": step, "seed": self.settings.seed, "scaler": self.scaler.state_dict()}
+            state = {"step": step, "seed": self.seed, "scaler": self.scaler.state_dict()}
             (folder / "state.json").write_text(json.dumps(state))
         self.journal.prune()
 
     def summary(self) -> list[tuple[str, str]]:
         """What will run, as rows of a table."""
-        s, sizes = self.settings, {name: sum(p.numel() for p in m.parameters()) for name, m in self.trained.items()}
-        frozen = sum(p.numel() for name in ("text_encoder", "vae") for p in getattr(self.pipe, name).parameters() if not p.requires_grad)
-        memory = 16 * sum(sizes.values()) + frozen * self.dtype.itemsize
-        rows = [("model", f"{self.pipe.source.name} ({self.pipe.scheduler.prediction_type})")]
-        rows += [("trains", ", ".join(f"{name} ({size / 1e6:.1f} M parameters)" for name, size in sizes.items()))]
-        rows += [(latents.name, f"{len(latents.pictures)} pictures") for latents in self.sets]
-        rows += [("skipped", ", ".join(path.name for path in self.skipped))] if self.skipped else []
+        s = self.settings
+        networks = {name: getattr(self.pipe, name) for name in ("unet", "text_encoder", "vae")}
+        sizes = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+        memory = sum(size * (16 if name in self.trained else self.dtype.itemsize) for name, size in sizes.items())
         batch = " + ".join([str(s.train_batch_size)] * len(self.sets))
-        rows += [("steps", f"{self.start} to {self.steps}, batch {batch}, {s.resolution} px, learning rate {s.learning_rate:g}")]
-        rows += [("device", f"{self.device}, {str(self.dtype).removeprefix('torch.')}")]
-        rows += [("memory", f"{memory / 2**30:.1f} GiB of weights, gradients and moments, besides activations")]
+        rows = [
+            ("model", f"{self.pipe.source.name}, predicts {self.pipe.scheduler.prediction_type}"),
+            ("trains", ", ".join(f"{name}, {sizes[name] / 1e6:.1f} M parameters" for name in self.trained)),
+            (
+                "steps",
+                f"{self.start} to {self.steps}, batch {batch}, {s.resolution} px, learning rate {s.learning_rate:g}",
+            ),
+            ("device", f"{self.device}, {str(self.dtype).removeprefix('torch.')}"),
+            ("memory", f"{memory / 2**30:.1f} GiB of weights, gradients and moments, besides activations"),
+            *((latents.name, f"{len(latents.pictures)} pictures") for latents in self.sets),
+        ]
+        if s.with_prior_preservation and self.prior.missing:
+            rows.append(("", f"{len(self.prior.missing)} of them are drawn first, to {self.prior.folder}"))
+        if self.skipped:
+            rows.append(("skipped", ", ".join(path.name for path in self.skipped)))
         return rows + [("note", note) for note in s.notes()]
 
 
@@ -234,7 +250,8 @@ def recompute_activations(module: nn.Module) -> None:
     """Gradient checkpointing (Chen et al. 2016) from outside: these parts forget what they computed and do it again."""
     for part in module.modules():
         if isinstance(part, ResnetBlock | Transformer | Layer):
-            part.forward = functools.partial(checkpoint, part.forward, use_reentrant=False)
+            forward = functools.partial(checkpoint, part.forward, use_reentrant=False)
+            part.forward = forward  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

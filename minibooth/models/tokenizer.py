@@ -62,7 +62,9 @@ class Tokenizer:
 
         length = config.get("model_max_length", MAX_LENGTH)
         length = length if length < 1e6 else MAX_LENGTH  # transformers writes 1e30 where none was set
-        return cls(backend, *(backend.token_to_id(name[f"{role}_token"]) for role in ("bos", "eos", "pad")), length)
+        ids = backend.get_vocab()
+        start, end, pad = (ids[name[f"{role}_token"]] for role in ("bos", "eos", "pad"))
+        return cls(backend, start, end, pad, length)
 
     def __call__(self, texts: Iterable[str]) -> Tensor:
         """Ids [B, max_length]: start, as much of the text as fits, end, padding."""
@@ -82,8 +84,8 @@ def _entry(token: str | dict) -> dict:
 
 def _byte_level_bpe(vocab: Mapping[str, int], merges: Iterable[str | list[str]], unknown: str) -> Backend:
     """CLIP's rules on a vocabulary; a merge is "a b" or, in files of recent years, ["a", "b"]."""
-    pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
-    backend = Backend(BPE(vocab, pairs, unk_token=unknown, end_of_word_suffix="</w>"))
+    pairs = [(a, b) for a, b in (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)]
+    backend = Backend(BPE(dict(vocab), pairs, unk_token=unknown, end_of_word_suffix="</w>"))
     backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     pieces = pre_tokenizers.Split(Regex(PIECE), "removed", invert=True)
     backend.pre_tokenizer = pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(add_prefix_space=False)])

@@ -36,9 +36,7 @@ class UNet(nn.Module):
         widths, heads, last = config.block_out_channels, config.heads, len(config.block_out_channels) - 1
         unknown = {*config.down_block_types, *config.up_block_types} - ATTENDS.keys()
         if unknown:
-            raise UserError(
-                f"UNet2DConditionModel: block type {unknown.pop()} is not supported; {', '.join(ATTENDS)} are"
-            )
+            raise UserError(f"UNet2DConditionModel: block type {unknown.pop()} is not supported; {', '.join(ATTENDS)} are")
         time_width = 4 * widths[0]
 
         def resnet(c_in: int, c_out: int) -> ResnetBlock:

@@ -1,0 +1,228 @@
+"""Weights come from whole safetensors files inside their folder and nowhere else, and are written whole or not at all."""
+
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from minibooth.checkpoint import files
+from minibooth.errors import UserError
+
+TENSORS = {"a.weight": torch.arange(12.0).reshape(3, 4), "b": torch.tensor([1.5]).half(), "c": torch.ones(2).bfloat16()}
+
+
+def equal(left, right):
+    """The same names, dtypes and bits."""
+    same = (left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in right)
+    return left.keys() == right.keys() and all(same)
+
+
+def shard(folder, tensors=TENSORS, infix=""):
+    """A file for each tensor, and their index."""
+    names = {name: f"model{infix}-{i + 1:05d}-of-{len(tensors):05d}.safetensors" for i, name in enumerate(tensors)}
+    for name, file in names.items():
+        save_file({name: tensors[name]}, folder / file)
+    index = folder / f"model.safetensors.index{infix}.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": names}))
+    return index
+
+
+def refusal(folder, *arguments):
+    with pytest.raises(UserError) as caught:
+        files.weights_of(folder, *arguments)
+    return str(caught.value)
+
+
+# ---- reading
+
+
+def test_tensors_come_back_in_the_dtype_of_the_file(tmp_path):
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    assert equal(files.weights_of(tmp_path, "model"), TENSORS)
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_shards_are_one_mapping(tmp_path, variant):
+    shard(tmp_path, infix=f".{variant}" if variant else "")
+    tensors = files.weights_of(tmp_path, "model", variant)
+    assert equal(tensors, TENSORS)
+    assert len(tensors) == 3
+
+
+def test_a_variant_is_read_only_where_it_is_asked_for(tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    save_file({"a": torch.ones(1)}, tmp_path / "model.fp16.safetensors")
+    assert files.weights_of(tmp_path, "model")["a"] == 0
+    assert files.weights_of(tmp_path, "model", "fp16")["a"] == 1
+
+
+def test_weights_can_be_read_after_their_file_is_gone(tmp_path):
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    tensors = files.weights_of(tmp_path, "model")
+    (tmp_path / "model.safetensors").unlink()
+    assert equal(tensors, TENSORS)
+
+
+def test_the_variant_that_is_there_is_named(tmp_path):
+    save_file(TENSORS, tmp_path / "model.fp16.safetensors")
+    assert "the variants there are fp16: see --variant" in refusal(tmp_path, "model")
+    shard(tmp_path, infix=".bf16")
+    assert "the variants there are bf16, fp16: see --variant" in refusal(tmp_path, "model")
+
+
+def test_a_variant_that_is_not_there_is_refused(tmp_path):
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    message = refusal(tmp_path, "model", "fp16")
+    assert "model.fp16.safetensors is missing; the variants there are without a name" in message
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    shard(tmp_path)
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    assert "model-00002-of-00003.safetensors is missing" in refusal(tmp_path, "model")
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "{tmp}/outside.safetensors", "sub/../../x.safetensors", ".."])
+def test_an_index_cannot_point_outside_its_folder(tmp_path, name):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    save_file(TENSORS, tmp_path / "outside.safetensors")
+    weight_map = {"a.weight": name.format(tmp=tmp_path)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert "points outside its folder" in refusal(folder, "model")
+
+
+@pytest.mark.parametrize("content", [{}, {"weight_map": {}}, {"weight_map": ["a"]}, {"weight_map": {"a": 1}}])
+def test_an_index_that_lists_nothing_is_refused(tmp_path, content):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(content))
+    assert "model.safetensors.index.json" in refusal(tmp_path, "model")
+
+
+@pytest.mark.parametrize("kept", [0, 4, 60, -1])
+def test_a_truncated_file_is_named(tmp_path, kept):
+    path = tmp_path / "model.safetensors"
+    save_file(TENSORS, path)
+    path.write_bytes(path.read_bytes()[:kept])
+    assert f"{path} is not a whole safetensors file" in refusal(tmp_path, "model")
+
+
+class Trap:
+    def __reduce__(self):
+        return (os.mkdir, ("sprung",))
+
+
+@pytest.mark.parametrize("name", ["model.bin", "model.ckpt", "model.fp16.bin", "model-00001-of-00001.bin"])
+def test_a_pickle_is_refused_and_never_opened(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "text_encoder"
+    folder.mkdir()
+    (folder / name).write_bytes(pickle.dumps(Trap()))
+    message = refusal(folder, "model")
+    assert "pickle" in message and name in message and "convert it to safetensors" in message
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("text, reason", [("{", "not valid JSON"), ("[]", "no JSON object"), (None, "is missing")])
+def test_broken_json_is_named(tmp_path, text, reason):
+    path = tmp_path / "config.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=reason) as caught:
+        files.read_json(path)
+    assert str(path) in str(caught.value)
+
+
+# ---- writing
+
+
+def test_what_is_written_is_what_is_read(tmp_path):
+    files.write_weights(tmp_path / "new" / "model.safetensors", TENSORS)
+    assert equal(files.weights_of(tmp_path / "new", "model"), TENSORS)
+    assert [path.name for path in tmp_path.rglob("*")] == ["new", "model.safetensors"]
+
+
+def test_tensors_are_written_in_the_dtype_of_others(tmp_path):
+    trained = {name: tensor.float() + 1 for name, tensor in TENSORS.items()}
+    files.write_weights(tmp_path / "model.safetensors", trained, like=TENSORS)
+    written = files.weights_of(tmp_path, "model")
+    assert equal(written, {name: (tensor + 1).to(tensor.dtype) for name, tensor in TENSORS.items()})
+
+
+def test_a_tensor_that_is_a_view_is_written(tmp_path):
+    files.write_weights(tmp_path / "model.safetensors", {"t": TENSORS["a.weight"].T})
+    assert torch.equal(files.weights_of(tmp_path, "model")["t"], TENSORS["a.weight"].T)
+
+
+def entries(folder):
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def lay(folder, content):
+    for name, text in content.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+OLD = {"unet/config": "old", "unet/fp16": "old", "README": "old", "samples/1": "old", "index": "old"}
+NEW = {"unet/config": "new", "vae/config": "new", "index": "new"}
+
+
+def test_a_folder_appears_under_its_name_when_it_is_whole(tmp_path):
+    with files.replacing(tmp_path / "a" / "b") as scratch:
+        lay(scratch, NEW)
+        assert not (tmp_path / "a" / "b").exists()
+    assert entries(tmp_path) == {f"a/b/{name}": text for name, text in NEW.items()}
+
+
+def test_a_folder_is_replaced_as_a_whole_or_merged(tmp_path):
+    for merge, expected in ((False, NEW), (True, NEW | {"README": "old", "samples/1": "old"})):
+        lay(tmp_path / "x", OLD)
+        with files.replacing(tmp_path / "x", merge) as scratch:
+            lay(scratch, NEW)
+        assert entries(tmp_path / "x") == expected
+        assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
+def test_a_crash_while_writing_leaves_the_old_as_it_was(tmp_path, merge, kind):
+    lay(tmp_path / "x", OLD)
+    with pytest.raises(kind), files.replacing(tmp_path / "x", merge) as scratch:
+        lay(scratch, NEW)
+        raise kind
+    assert entries(tmp_path) == {f"x/{name}": text for name, text in OLD.items()}
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("failing", range(3))
+def test_a_failure_while_moving_leaves_the_old_as_it_was(tmp_path, monkeypatch, merge, failing):
+    lay(tmp_path / "x", OLD)
+    calls, replace = [], os.replace
+
+    def fail(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1 + (failing if merge else 0):
+            raise OSError("no space left on device")
+        replace(*arguments)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="no space"), files.replacing(tmp_path / "x", merge) as scratch:
+        lay(scratch, NEW)
+    assert entries(tmp_path) == {f"x/{name}": text for name, text in OLD.items()}
+
+
+# ---- the fingerprint
+
+
+def test_a_fingerprint_tells_weights_apart():
+    def shifted(name, by):
+        return TENSORS | {name: TENSORS[name] + by}
+
+    others = [shifted("a.weight", 1), shifted("c", 1), TENSORS | {"d": torch.zeros(1)}, {"a.weight": TENSORS["a.weight"]}]
+    prints = {files.hash_of(tensors) for tensors in (TENSORS, *others)}
+    assert len(prints) == 5
+    reordered = dict(reversed([(name, tensor.clone()) for name, tensor in TENSORS.items()]))
+    assert files.hash_of(reordered) == files.hash_of(TENSORS)

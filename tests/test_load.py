@@ -1,0 +1,352 @@
+"""A published folder becomes a pipeline however its files are laid out, and becomes the same folder again when saved."""
+
+import json
+import logging
+import re
+import shutil
+import warnings
+
+import pytest
+import torch
+from conftest import write_json
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer as Backend
+from tokenizers import models
+
+import minibooth
+from minibooth.checkpoint import files
+from minibooth.errors import UserError
+
+NETWORKS = ("text_encoder", "unet", "vae")
+STEMS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+
+
+def weights(folder, name, infix=""):
+    """A component's file."""
+    return folder / name / f"{STEMS[name]}{infix}.safetensors"
+
+
+def rewrite(folder, change, names=NETWORKS, infix=""):
+    """Each component's file, with change(tensors) in it, under a name with `infix`."""
+    for name in names:
+        tensors = change(load_file(weights(folder, name)))
+        weights(folder, name).unlink()
+        save_file(tensors, weights(folder, name, infix), metadata={"format": "pt"})
+    return folder
+
+
+def shard(folder):
+    """Each component's file as three, with an index."""
+    for name in NETWORKS:
+        tensors, names = load_file(weights(folder, name)), {}
+        for i in range(3):
+            part = {key: tensors[key] for key in sorted(tensors)[i::3]}
+            file = weights(folder, name, f"-{i + 1:05d}-of-00003")
+            save_file(part, file)
+            names |= dict.fromkeys(part, file.name)
+        write_json(folder / name / f"{STEMS[name]}.safetensors.index.json", {"weight_map": names})
+        weights(folder, name).unlink()
+    return folder
+
+
+def edit(path, **changes):
+    """Change a JSON file."""
+    write_json(path, json.loads(path.read_text()) | changes)
+
+
+def states(pipe):
+    return {f"{name}.{key}": x for name in NETWORKS for key, x in getattr(pipe, name).state_dict().items()}
+
+
+def assert_equal(left, right):
+    assert left.keys() == right.keys()
+    for key in left:
+        assert left[key].dtype == right[key].dtype, key
+        assert torch.equal(left[key], right[key]), key
+
+
+def refusal(source, **options):
+    with pytest.raises(UserError) as caught:
+        minibooth.load(source, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def content(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# ---- what a folder may look like
+
+
+def test_every_tensor_of_the_files_is_in_the_networks_under_its_name(checkpoint):
+    pipe = minibooth.load(checkpoint)
+    for name in NETWORKS:
+        assert_equal(dict(getattr(pipe, name).state_dict()), load_file(weights(checkpoint, name)))
+        assert not getattr(pipe, name).training
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("wanted", [torch.float32, torch.float16, torch.bfloat16])
+def test_files_of_any_precision_give_networks_of_any(sd1, copy_of, stored, wanted):
+    folder = rewrite(copy_of(sd1), lambda tensors: {key: x.to(stored) for key, x in tensors.items()})
+    expected = {key: x.to(stored).to(wanted) for key, x in states(minibooth.load(sd1)).items()}
+    assert_equal(states(minibooth.load(folder, dtype=wanted)), expected)
+
+
+OLD_NAMES = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+
+
+def old_attention(tensors):
+    """The VAE's names of 2022."""
+    for new, old in OLD_NAMES.items():
+        tensors = {key.replace(new, old): tensor for key, tensor in tensors.items()}
+    return tensors
+
+
+def position_ids(tensors):
+    return tensors | {"text_model.embeddings.position_ids": torch.arange(77)[None]}
+
+
+def no_prefix(tensors):
+    return {key.removeprefix("text_model."): tensor for key, tensor in tensors.items()}
+
+
+LAYOUTS = {
+    "shards": shard,
+    "old attention": lambda folder: rewrite(folder, old_attention, ["vae"]),
+    "position_ids": lambda folder: rewrite(folder, position_ids, ["text_encoder"]),
+    "no prefix": lambda folder: rewrite(folder, no_prefix, ["text_encoder"]),
+    "neither": lambda folder: rewrite(folder, lambda x: no_prefix(position_ids(x)), ["text_encoder"]),
+}
+
+
+@pytest.mark.parametrize("change", LAYOUTS.values(), ids=LAYOUTS)
+def test_whatever_the_layout_the_networks_are_the_same(sd1, copy_of, change):
+    folder = change(copy_of(sd1))
+    assert content(folder).keys() != content(sd1).keys() or content(folder) != content(sd1)
+    assert_equal(states(minibooth.load(folder)), states(minibooth.load(sd1)))
+
+
+def test_a_variant_is_read_where_it_is_asked_for(sd1, copy_of):
+    def half(tensors):
+        return {key: x.half() for key, x in tensors.items()}
+
+    folder = rewrite(copy_of(sd1), half, infix=".fp16")
+    expected = {key: x.half().float() for key, x in states(minibooth.load(sd1)).items()}
+    assert_equal(states(minibooth.load(folder, variant="fp16")), expected)
+    assert "fp16: see --variant" in refusal(folder)
+
+
+def test_a_tokenizer_of_one_file_gives_the_same_ids(checkpoint, copy_of):
+    folder = copy_of(checkpoint)
+    made = Backend(models.BPE.from_file(*(str(folder / "tokenizer" / name) for name in ("vocab.json", "merges.txt"))))
+    made.save(str(folder / "tokenizer" / "tokenizer.json"))
+    for name in ("vocab.json", "merges.txt"):
+        (folder / "tokenizer" / name).unlink()
+    prompts = ["a photo of sks dog", "", "a cat! " * 60]
+    assert torch.equal(minibooth.load(folder).tokenizer(prompts), minibooth.load(checkpoint).tokenizer(prompts))
+
+
+def test_the_prediction_type_can_be_overruled(sd1, sd2):
+    assert minibooth.load(sd1).scheduler.prediction_type == "epsilon"
+    assert minibooth.load(sd2).scheduler.prediction_type == "v_prediction"
+    assert minibooth.load(sd1, prediction_type="v_prediction").scheduler.prediction_type == "v_prediction"
+
+
+# ---- what is refused
+
+
+def a_pickle(folder):
+    weights(folder, "unet").rename(folder / "unet" / "diffusion_pytorch_model.bin")
+
+
+def truncated(folder):
+    data = weights(folder, "vae").read_bytes()
+    weights(folder, "vae").write_bytes(data[: len(data) // 2])
+
+
+def a_missing_shard(folder):
+    weights(shard(folder), "unet", "-00002-of-00003").unlink()
+
+
+def without(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def saying(path, **changes):
+    return lambda folder: edit(folder / path, **changes)
+
+
+def a_lora(folder):
+    without("model_index.json")(folder)
+    (folder / "pytorch_lora_weights.safetensors").write_bytes(b"")
+
+
+def nine_channels(folder):
+    edit(folder / "unet" / "config.json", in_channels=9)
+    rewrite(folder, lambda x: x | {"conv_in.weight": torch.zeros(16, 9, 3, 3)}, ["unet"])
+
+
+BROKEN = {
+    "stable diffusion 3": (saying("model_index.json", _class_name="StableDiffusion3Pipeline"), "StableDiffusion3Pipeline"),
+    "inpainting": (saying("model_index.json", _class_name="StableDiffusionInpaintPipeline"), "InpaintPipeline"),
+    "inpainting unet": (nine_channels, "inpainting"),
+    "lora": (a_lora, "LoRA"),
+    "pickle": (a_pickle, "only a pickle .diffusion_pytorch_model.bin"),
+    "truncated": (truncated, "vae/diffusion_pytorch_model.safetensors is not a whole"),
+    "missing shard": (a_missing_shard, "00002-of-00003.safetensors is missing"),
+    "missing config": (without("unet/config.json"), "unet/config.json is missing"),
+    "missing scheduler": (without("scheduler/scheduler_config.json"), "scheduler/scheduler_config.json is missing"),
+    "missing weights": (without("vae/diffusion_pytorch_model.safetensors"), "diffusion_pytorch_model.safetensors is missing"),
+    "missing vocabulary": (without("tokenizer/vocab.json"), "vocab.json"),
+    "no class": (saying("model_index.json", _class_name=None), "unknown kind"),
+    "activation": (saying("text_encoder/config.json", hidden_act="swish"), "hidden_act='swish'"),
+    "wider": (saying("unet/config.json", cross_attention_dim=28), "unet's .*attn2.to_k.weight"),
+    "deeper": (saying("vae/config.json", layers_per_block=3), "vae lacks"),
+    "shallower": (saying("text_encoder/config.json", num_hidden_layers=1), "text_encoder has unexpected"),
+    "levels": (saying("unet/config.json", block_out_channels=[16, 16, 32]), "unet/config.json"),
+    "groups": (saying("unet/config.json", norm_num_groups=7), "unet/config.json"),
+    "text": (saying("unet/config.json", layers_per_block="two"), "unet/config.json"),
+    "prediction": (saying("scheduler/scheduler_config.json", prediction_type="sample"), "prediction_type='sample'"),
+}
+
+
+@pytest.mark.parametrize("change, reason", BROKEN.values(), ids=BROKEN)
+def test_what_does_not_fit_is_refused_by_name(sd1, copy_of, change, reason):
+    folder = copy_of(sd1)
+    change(folder)
+    assert re.search(reason, refusal(folder))
+
+
+def test_what_is_no_checkpoint_is_refused_by_name(sd1, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "model.ckpt").write_bytes(b"")
+    assert "has no model_index.json, but nothing" in refusal(tmp_path / "empty")
+    assert "has no model_index.json, but config.json" in refusal(sd1 / "unet")
+    assert "pickle, which is never opened" in refusal(tmp_path / "model.ckpt")
+    assert "is a file" in refusal(weights(sd1, "unet"))
+    assert refusal(tmp_path / "never") == f"{tmp_path / 'never'} is missing"
+
+
+# ---- saving
+
+
+def test_what_was_not_trained_comes_back_bit_for_bit(checkpoint, tmp_path):
+    minibooth.load(checkpoint).save(tmp_path / "saved")
+    before, after = content(checkpoint), content(tmp_path / "saved")
+    assert after.keys() == before.keys()
+    assert {name for name in before if after[name] != before[name]} <= {name for name in before if "safetensors" in name}
+    for name in NETWORKS:
+        assert_equal(load_file(weights(tmp_path / "saved", name)), load_file(weights(checkpoint, name)))
+
+
+@pytest.mark.parametrize("change", LAYOUTS.values(), ids=LAYOUTS)
+def test_whatever_the_layout_was_the_published_one_is_written(sd1, copy_of, tmp_path, change):
+    minibooth.load(change(copy_of(sd1))).save(tmp_path / "saved")
+    assert content(tmp_path / "saved").keys() == content(sd1).keys()
+    for name in NETWORKS:
+        assert_equal(load_file(weights(tmp_path / "saved", name)), load_file(weights(sd1, name)))
+
+
+def test_half_precision_files_stay_so_and_take_what_was_trained(sd1, copy_of, tmp_path):
+    folder = rewrite(copy_of(sd1), lambda tensors: {key: x.half() for key, x in tensors.items()}, infix=".fp16")
+    pipe = minibooth.load(folder, variant="fp16")
+    with torch.no_grad():
+        pipe.unet.conv_out.bias += 1
+    pipe.save(tmp_path / "saved")
+    for name in ("text_encoder", "vae"):
+        assert_equal(load_file(weights(tmp_path / "saved", name)), load_file(weights(folder, name, ".fp16")))
+    expected = load_file(weights(folder, "unet", ".fp16"))
+    expected["conv_out.bias"] = (expected["conv_out.bias"].float() + 1).half()
+    assert_equal(load_file(weights(tmp_path / "saved", "unet")), expected)
+
+
+def test_released_networks_are_written_all_the_same(sd1, copy_of, tmp_path):
+    folder = copy_of(sd1)
+    pipe = minibooth.load(folder)
+    pipe.vae = pipe.text_encoder = None
+    shutil.rmtree(folder)  # the files were open
+    pipe.save(tmp_path / "saved")
+    assert_equal(states(minibooth.load(tmp_path / "saved")), states(minibooth.load(sd1)))
+
+
+def test_saving_over_a_checkpoint_replaces_it_and_keeps_other_files(sd1, sd2, copy_of):
+    folder = copy_of(sd2)
+    (folder / "samples").mkdir()
+    (folder / "samples" / "1.png").write_bytes(b"kept")
+    (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"of the old one")
+    minibooth.load(sd1).save(folder)
+    assert content(folder).keys() == {*content(sd1), "samples/1.png"}
+    assert_equal(states(minibooth.load(folder)), states(minibooth.load(sd1)))
+
+
+def test_a_pipeline_can_be_saved_over_the_folder_it_was_read_from(sd1, copy_of):
+    folder = copy_of(sd1)
+    pipe = minibooth.load(folder)
+    for _ in range(2):
+        pipe.save(folder)
+    assert_equal(states(pipe), states(minibooth.load(sd1)))
+    assert_equal(states(minibooth.load(folder)), states(minibooth.load(sd1)))
+
+
+@pytest.mark.parametrize("survives", range(3))
+def test_a_crash_in_the_middle_leaves_the_old_folder_whole(sd1, sd2, copy_of, monkeypatch, survives):
+    folder, written, write = copy_of(sd2), [], files.write_weights
+
+    def fail(*arguments, **options):
+        written.append(arguments)
+        if len(written) > survives:
+            raise KeyboardInterrupt
+        write(*arguments, **options)
+
+    monkeypatch.setattr(files, "write_weights", fail)
+    with pytest.raises(KeyboardInterrupt):
+        minibooth.load(sd1).save(folder)
+    assert content(folder) == content(sd2)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def with_safety_checker(folder):
+    """As Stable Diffusion 1 was published."""
+    edit(
+        folder / "model_index.json",
+        safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
+        feature_extractor=["transformers", "CLIPImageProcessor"],
+    )
+    write_json(folder / "safety_checker" / "config.json", {"_class_name": "StableDiffusionSafetyChecker"})
+    save_file({"a": torch.zeros(1)}, folder / "safety_checker" / "model.safetensors")
+    write_json(folder / "feature_extractor" / "preprocessor_config.json", {"crop_size": 224, "size": 224})
+    return folder
+
+
+def test_the_safety_checker_is_left_behind(sd1, copy_of, tmp_path):
+    minibooth.load(with_safety_checker(copy_of(sd1))).save(tmp_path / "saved")
+    index = json.loads((tmp_path / "saved" / "model_index.json").read_text())
+    assert index["safety_checker"] == [None, None]
+    assert index["feature_extractor"] == ["transformers", "CLIPImageProcessor"]
+    assert content(tmp_path / "saved").keys() == {*content(sd1), "feature_extractor/preprocessor_config.json"}
+
+
+@pytest.mark.parametrize("change", [lambda folder: folder, *LAYOUTS.values(), with_safety_checker])
+def test_diffusers_opens_what_was_saved_without_a_complaint(checkpoint, copy_of, tmp_path, caplog, change):
+    diffusers = pytest.importorskip("diffusers")
+    transformers = pytest.importorskip("transformers")
+    pipeline = diffusers.StableDiffusionPipeline  # imported here and now: what it warns of then is none of our business
+    pipe = minibooth.load(change(copy_of(checkpoint)))
+    pipe.save(tmp_path / "saved")
+    for library in (diffusers, transformers):
+        library.utils.logging.enable_propagation()
+    with warnings.catch_warnings(), caplog.at_level(logging.INFO):
+        warnings.simplefilter("error")
+        opened = pipeline.from_pretrained(tmp_path / "saved")
+    said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    said += [text for text in caplog.messages if "missing" in text.lower() or "unexpected" in text.lower()]
+    assert not said
+    for name in ("unet", "vae"):
+        assert_equal(dict(getattr(opened, name).state_dict()), dict(getattr(pipe, name).state_dict()))
+    theirs = {key: x for key, x in opened.text_encoder.state_dict().items() if "position_ids" not in key}
+    ours = dict(pipe.text_encoder.state_dict())
+    if not any(key.startswith("text_model.") for key in theirs):  # transformers 5 has done away with the prefix
+        ours = {key.removeprefix("text_model."): x for key, x in ours.items()}
+    assert_equal(theirs, ours)
