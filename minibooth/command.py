@@ -1,4 +1,4 @@
-"""What all commands share: flags in either spelling, the choice of device and dtype, and how a run ends that went wrong."""
+"""What all commands share: flags in either spelling, the choice of device and dtype, and how a failed run ends."""
 
 import argparse
 import errno

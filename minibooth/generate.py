@@ -1,4 +1,4 @@
-"""Draw pictures of prompts with a Stable Diffusion: numbered PNGs, each with all that it takes to draw it again, and a grid."""
+"""Draw pictures of prompts: numbered PNGs, each with all that it takes to draw it again, and a grid."""
 
 import argparse
 import re
@@ -24,11 +24,21 @@ def parser() -> command.Parser:
     """The command's flags."""
     parser = command.Parser("python -m minibooth.generate", __doc__)
     add = parser.add_argument
-    add("--model", default=str(EMBEDDED), help="a folder in the diffusers layout or owner/name on the hub [embedded model]")
+    add(
+        "--model",
+        default=str(EMBEDDED),
+        help="a folder in the diffusers layout or owner/name on the hub [embedded model]",
+    )
     add("--prompt", nargs="+", required=True, metavar="P", help="what to draw, one or several")
     add("--negative_prompt", default="", metavar="P", help="what to steer away from")
     add("--num_images", type=int, default=1, metavar="N", help="pictures of each prompt [1]")
-    add("--output_dir", type=Path, default=Path("pictures"), metavar="D", help="where they go, after those there [pictures]")
+    add(
+        "--output_dir",
+        type=Path,
+        default=Path("pictures"),
+        metavar="D",
+        help="where they go, after those there [pictures]",
+    )
     add("--seed", type=int, metavar="S", help="of the first picture; each further one adds 1 [drawn by lot]")
     add("--height", type=int, help="in pixels, divisible by 8 [the model's own]")
     add("--width", type=int, help="in pixels, divisible by 8 [the model's own]")
@@ -58,9 +68,8 @@ def main(argv: Sequence[str]) -> None:
     prompts = [prompt for prompt in flags.prompt for _ in range(flags.num_images)]
     seed = secrets.randbits(32) if flags.seed is None else flags.seed
     flags.output_dir.mkdir(parents=True, exist_ok=True)
-    settings = dict(
-        height=flags.height, width=flags.width, steps=flags.steps, guidance_scale=flags.guidance_scale, sampler=flags.sampler
-    )  # fmt: skip
+    names = ("height", "width", "steps", "guidance_scale", "sampler")
+    settings = {name: getattr(flags, name) for name in names}
     pictures = []
     for start in range(0, len(prompts), flags.batch_size):
         batch = prompts[start : start + flags.batch_size]

@@ -19,6 +19,8 @@ from minibooth.models.config import CLIPTextConfig, UNetConfig, VAEConfig
 from minibooth.models.unet import UNet
 from minibooth.models.vae import VAE
 
+torch.set_num_threads(1)  # more only wait for each other: an operation of these networks takes microseconds
+
 START, END = "<|startoftext|>", "<|endoftext|>"
 MERGES = ["d o", "do g</w>", "s k", "sk s</w>", "o f</w>", "p h", "ph o", "t o</w>", "pho to</w>", "c a", "ca t</w>"]
 

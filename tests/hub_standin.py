@@ -1,4 +1,4 @@
-"""A stand-in for the hub's endpoint on loopback: as much of its protocol as huggingface_hub needs to draw and to push."""
+"""A stand-in for the hub's endpoint on loopback: what huggingface_hub needs of its protocol to draw and to push."""
 
 import base64
 import hashlib
@@ -15,12 +15,17 @@ NAME = r"(?P<repo>[\w.-]+/[\w.-]+)"
 
 
 class Hub:
-    """Repositories, {"owner/name": {path: bytes}}, at `endpoint`; `requests` lists what was asked, "GET /path"."""
+    """Repositories, {"owner/name": {path: bytes}}, at `endpoint`; `requests` lists what was asked, "GET /path".
+
+    `tokens` are those it was asked with. With a `refusal`, 401 or 403, it answers with nothing else.
+    """
 
     def __init__(self) -> None:
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.branches: dict[str, set[str]] = {}
         self.requests: list[str] = []
+        self.tokens: set[str | None] = set()
+        self.refusal = 0
         self.endpoint = ""
 
     def add(self, repo: str, folder: Path, branches: tuple[str, ...] = ("main",)) -> None:
@@ -103,7 +108,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         request = f"{self.command} {unquote(urlsplit(self.path).path)}"
         self.hub.requests.append(request)
+        self.hub.tokens.add(self.headers.get("Authorization"))
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.hub.refusal:
+            return self.reply(self.hub.refusal, {"X-Error-Message": "You may not do that."}, b"{}")
         for pattern, answer in ROUTES.items():
             if match := re.fullmatch(pattern, request):
                 return self.answer(answer, body, match.groupdict())

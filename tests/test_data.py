@@ -96,9 +96,7 @@ TURN = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPO
 TURN |= {7: "TRANSVERSE", 8: "ROTATE_270"}  # how a camera that writes this orientation stored an upright scene
 
 
-@pytest.mark.parametrize(
-    "format, mode", [("PNG", "RGB"), ("TIFF", "RGB"), ("PNG", "I;16"), ("PNG", "P"), ("WEBP", "RGB")]
-)
+@pytest.mark.parametrize("format, mode", [("PNG", "RGB"), ("TIFF", "RGB"), ("PNG", "I;16"), ("PNG", "P"), ("WEBP", "RGB")])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(orientation, format, mode, tmp_path):
     scene = noise(12, 8)

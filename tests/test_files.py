@@ -1,4 +1,4 @@
-"""Weights come from whole safetensors files inside their folder and nowhere else, and are written whole or not at all."""
+"""Weights come from whole safetensors files inside their folder alone, and are written whole or not at all."""
 
 import json
 import os
@@ -221,7 +221,12 @@ def test_a_fingerprint_tells_weights_apart():
     def shifted(name, by):
         return TENSORS | {name: TENSORS[name] + by}
 
-    others = [shifted("a.weight", 1), shifted("c", 1), TENSORS | {"d": torch.zeros(1)}, {"a.weight": TENSORS["a.weight"]}]
+    others = [
+        shifted("a.weight", 1),
+        shifted("c", 1),
+        TENSORS | {"d": torch.zeros(1)},
+        {"a.weight": TENSORS["a.weight"]},
+    ]
     prints = {files.hash_of(tensors) for tensors in (TENSORS, *others)}
     assert len(prints) == 5
     reordered = dict(reversed([(name, tensor.clone()) for name, tensor in TENSORS.items()]))

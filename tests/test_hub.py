@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from huggingface_hub import HfApi, constants
 from hub_standin import serving
+from huggingface_hub import HfApi, constants
 
 import minibooth
 from minibooth.errors import UserError

@@ -1,4 +1,4 @@
-"""A published folder becomes a pipeline however its files are laid out, and becomes the same folder again when saved."""
+"""A published folder becomes a pipeline however its files are laid out, and that folder again when saved."""
 
 import json
 import logging
@@ -124,7 +124,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("change", LAYOUTS.values(), ids=LAYOUTS)
 def test_whatever_the_layout_the_networks_are_the_same(sd1, copy_of, change):
     folder = change(copy_of(sd1))
-    assert content(folder).keys() != content(sd1).keys() or content(folder) != content(sd1)
+    assert content(folder) != content(sd1)
     assert_equal(states(minibooth.load(folder)), states(minibooth.load(sd1)))
 
 
@@ -189,7 +189,10 @@ def nine_channels(folder):
 
 
 BROKEN = {
-    "stable diffusion 3": (saying("model_index.json", _class_name="StableDiffusion3Pipeline"), "StableDiffusion3Pipeline"),
+    "stable diffusion 3": (
+        saying("model_index.json", _class_name="StableDiffusion3Pipeline"),
+        "StableDiffusion3Pipeline",
+    ),
     "inpainting": (saying("model_index.json", _class_name="StableDiffusionInpaintPipeline"), "InpaintPipeline"),
     "inpainting unet": (nine_channels, "inpainting"),
     "lora": (a_lora, "LoRA"),
@@ -198,7 +201,10 @@ BROKEN = {
     "missing shard": (a_missing_shard, "00002-of-00003.safetensors is missing"),
     "missing config": (without("unet/config.json"), "unet/config.json is missing"),
     "missing scheduler": (without("scheduler/scheduler_config.json"), "scheduler/scheduler_config.json is missing"),
-    "missing weights": (without("vae/diffusion_pytorch_model.safetensors"), "diffusion_pytorch_model.safetensors is missing"),
+    "missing weights": (
+        without("vae/diffusion_pytorch_model.safetensors"),
+        "diffusion_pytorch_model.safetensors is missing",
+    ),
     "missing vocabulary": (without("tokenizer/vocab.json"), "vocab.json"),
     "no class": (saying("model_index.json", _class_name=None), "unknown kind"),
     "activation": (saying("text_encoder/config.json", hidden_act="swish"), "hidden_act='swish'"),

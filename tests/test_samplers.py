@@ -239,9 +239,7 @@ def test_gaussian_draws_once_for_every_device_and_precision():
     full = gaussian((2, 3, 5), generator(0))
     assert torch.equal(full, torch.randn(2, 3, 5, generator=generator(0)))
     assert torch.equal(gaussian((2, 3, 5), generator(0), dtype=torch.bfloat16), full.bfloat16())
-    assert torch.equal(
-        gaussian((2, 3, 5), [generator(0, i) for i in range(2)])[1:], gaussian((1, 3, 5), generator(0, 1))
-    )
+    assert torch.equal(gaussian((2, 3, 5), [generator(0, i) for i in range(2)])[1:], gaussian((1, 3, 5), generator(0, 1)))
     many = gaussian((100_000,), generator(0))
     assert math.isclose(many.mean(), 0, abs_tol=0.02)
     assert math.isclose(many.std(), 1, abs_tol=0.02)

@@ -168,9 +168,7 @@ def test_defaults_are_those_of_the_class(name, diffusers):
         assert ours[key] == (DEFAULTS[key] if value is None else value), key
     if "clip_sample" not in theirs:
         assert not ours["clip_sample"]
-    DDPMScheduler.from_config(
-        {key: value.default for key, value in parameters.items() if key not in ("self", "kwargs")}
-    )
+    DDPMScheduler.from_config({key: value.default for key, value in parameters.items() if key not in ("self", "kwargs")})
 
 
 @pytest.mark.parametrize("zero_snr", [False, True])

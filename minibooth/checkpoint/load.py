@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from minibooth.checkpoint import files
 from minibooth.errors import UserError
@@ -60,6 +61,15 @@ def published_name(name: str) -> str:
     for old, new in RENAMES:
         name = old.sub(new, name)
     return name
+
+
+class Uninitialised(TorchFunctionMode):
+    """Networks built here get no initial values: a file replaces them, and nn.Embedding's on meta would take a second."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", "") == nn.init.__name__:
+            return (kwargs or {}).get("tensor")
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass
@@ -108,7 +118,7 @@ class Source:
         component = COMPONENTS[name]
         config = self.json(f"{name}/config.json")
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), Uninitialised():
                 network = component.network(component.config.from_dict(config))
         except (TypeError, ValueError, LookupError) as error:
             raise UserError(f"{self.name}/{name}/config.json describes no network that is known here: {error}") from error

@@ -119,6 +119,8 @@ class StableDiffusion:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         if latents is None:
             latents = gaussian((B, self.unet.config.in_channels, *self.latent_size(height, width)), generators)
+        elif latents.shape[:2] != (B, self.unet.config.in_channels):
+            raise UserError(f"latents {[*latents.shape]} do not fit {B} pictures of {self.unet.config.in_channels} channels")
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
             copies = len(conditions)

@@ -1,9 +1,9 @@
 """Uploading a result to the hub, with a model card that says what it is."""
 
+import json
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from minibooth.checkpoint import files
 from minibooth.dreambooth.settings import Settings
@@ -12,7 +12,7 @@ from minibooth.errors import UserError
 NOT_UPLOADED = ["checkpoint-*", "class/*", "run.json", "metrics.jsonl"]
 CARD = """---
 library_name: diffusers
-{base}instance_prompt: {instance_prompt}
+{base}instance_prompt: {quoted_prompt}
 tags:
 - text-to-image
 - diffusers
@@ -38,6 +38,7 @@ def model_card(settings: Settings, name: str) -> str:
         base="" if Path(model).exists() else f"base_model: {model}\n",
         model=Path(model).name if Path(model).exists() else model,
         instance_prompt=s.instance_prompt,
+        quoted_prompt=json.dumps(s.instance_prompt),  # a YAML string too, whatever is in it
         trained="The UNet and the text encoder were" if s.train_text_encoder else "The UNet was",
         resolution=s.resolution,
         prior=" with prior preservation" if s.with_prior_preservation else "",
@@ -59,7 +60,7 @@ def push(settings: Settings) -> str:
             commit_message="End of training",
             ignore_patterns=NOT_UPLOADED,
         )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # the hub's, the disk's, or of the HTTP library, which differs by version
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"the model is in {folder}, but could not be uploaded ({reason}); see --hub_token") from None
     return str(repository)

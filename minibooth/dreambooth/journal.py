@@ -36,14 +36,14 @@ class Journal:
 
     def open(self, step: int) -> None:
         """Write run.json and drop the metrics of steps that will be done again."""
-        given = {f.name: getattr(self.settings, f.name) for f in dataclasses.fields(Settings)}
-        given = {name: value for name, value in given.items() if value != Settings.__dataclass_fields__[name].default}
+        settings = dataclasses.asdict(self.settings) | {"hub_token": None, "resume_from_checkpoint": None}
+        given = {name: value for name, value in settings.items() if value != Settings.__dataclass_fields__[name].default}
         words = [
             word for name, value in given.items() for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
         ]
         run = {
             "command": shlex.join(["python", "-m", "minibooth.train", *words]),
-            "settings": dataclasses.asdict(self.settings) | {"hub_token": None},
+            "settings": settings,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }
         with files.replacing(self.folder / "run.json") as temporary:

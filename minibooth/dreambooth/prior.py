@@ -39,6 +39,7 @@ class ClassPictures:
             "weights": files.hash_of(weights),
             "scheduler": source.json("scheduler/scheduler_config.json"),
             "dtype": str(dtype),
+            "seed": "the picture's number",
             **DRAWING,
         }
         key = hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()[:10]

@@ -77,7 +77,7 @@ class Trainer:
             self.prior.draw(load(self.pipe.source, self.prior_dtype, self.device))
         for name in ("unet", "text_encoder", "vae"):
             self.place(name, trains=name in self.trained)
-        rates = {"unet": s.learning_rate, "text_encoder": s.text_encoder_lr or s.learning_rate}
+        rates = {"unet": s.learning_rate, "text_encoder": s.learning_rate if s.text_encoder_lr is None else s.text_encoder_lr}
         groups = [{"params": list(module.parameters()), "peak": rates[name]} for name, module in self.trained.items()]
         betas = s.adam_beta1, s.adam_beta2
         self.optimizer = torch.optim.AdamW(groups, 0.0, betas, s.adam_epsilon, s.adam_weight_decay, fused=True)
@@ -120,8 +120,11 @@ class Trainer:
         journal.open(self.start)
         if not self.start:
             self.validate(0)
-        bar = tqdm(total=self.steps, initial=self.start, mininterval=0.1 if sys.stderr.isatty() else 10, desc="training")
-        with interrupts() as interrupted:
+        often = 0.1 if sys.stderr.isatty() else 10
+        with (
+            interrupts() as interrupted,
+            tqdm(total=self.steps, initial=self.start, mininterval=often, desc="training") as bar,
+        ):
             for step in range(self.start, self.steps):
                 began = time.perf_counter()
                 rates = self.set_learning_rates(step)
@@ -130,7 +133,7 @@ class Trainer:
                 done = step + 1
                 journal.log(step=done, **losses, lr=rates[0], seconds=round(seconds, 4))
                 pace = s.train_batch_size * s.gradient_accumulation_steps * len(self.sets) / seconds
-                bar.set_postfix({**losses, "lr": rates[0], "pictures/s": pace})
+                bar.set_postfix({**losses, "lr": rates[0], "pictures/s": pace}, refresh=False)
                 bar.update()
                 if done % s.validation_steps == 0 or done == self.steps:
                     self.validate(done)
@@ -138,8 +141,7 @@ class Trainer:
                     self.save_checkpoint(done)
                 if interrupted and done < self.steps:
                     raise KeyboardInterrupt(f"go on with the same command and --resume_from_checkpoint latest (step {done})")
-        bar.close()
-        self.pipe.save(s.output_dir)
+        self.pipe.source.save(journal.folder, self.trained)  # the others as they were read, whatever they computed in
 
     def step(self, step: int) -> dict[str, float]:
         """One update of the weights. Returns the loss and its two parts, averaged over the accumulated batches."""
@@ -150,8 +152,8 @@ class Trainer:
             self.scaler.scale(losses["loss"] / s.gradient_accumulation_steps).backward()
             total = {name: total[name] + losses[name].item() / s.gradient_accumulation_steps for name in total}
         if not math.isfinite(total["loss"]):
-            kept = self.journal.checkpoints()
-            remedy = f"the last good checkpoint is {kept[-1][1]}" if kept else "no checkpoint was written before"
+            good = [path for number, path in self.journal.checkpoints() if number < step]  # a finite loss came after them
+            remedy = f"the last good checkpoint is {good[-1]}" if good else "no good checkpoint was written before"
             raise UserError(f"the loss is {total['loss']} at step {step + 1}: lower --learning_rate or use bf16; {remedy}")
         self.scaler.unscale_(self.optimizer)
         if s.max_grad_norm:

@@ -62,7 +62,7 @@ class SpatialAttention(Attention):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         h = super().forward(rearrange(self.group_norm(x), "b c h w -> b (h w) c"))
-        return rearrange(h, "b (h w) c -> b c h w", h=x.shape[2]) + x
+        return h.transpose(1, 2).reshape(x.shape) + x  # keeps the strides that diffusers has here, hence its convolutions' bits
 
 
 class GEGLU(nn.Module):

@@ -1,0 +1,187 @@
+"""The judge of what the tiny Stable Diffusion draws: a classifier of class, colour, pattern, place and accessory.
+
+    python scripts/judge.py train --judge DIR
+    python scripts/judge.py score --judge DIR --model weights/tiny
+
+It learns from rendered scenes of its own seeds, softened and with noise as a VAE leaves them, and never meets the model
+before the scoring; no part of the model is tuned to it. Its own accuracy on rendered scenes stands beside the model's.
+
+Shapes: B batch, N scenes, A attributes.
+"""
+
+import argparse
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+from world import ACCESSORIES, CLASSES, COLOURS, PATTERNS, PLACES, Scene
+
+import minibooth
+from minibooth.checkpoint import files
+from minibooth.diffusion.images import to_tensor
+from minibooth.models.vae import VAE
+
+ATTRIBUTES = {"kind": CLASSES, "place": PLACES, "colour": COLOURS, "pattern": PATTERNS, "accessory": ACCESSORIES}
+SIZE, BATCH = 64, 64
+TRAIN, HELD_OUT, ASKED = 101, 102, 103  # seeds of three sets of scenes; pretraining has others
+
+
+class Judge(nn.Module):
+    """Pictures [B, 3, 64, 64] in [-1, 1] -> for each attribute the logits of its values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def layer(c_in: int, c_out: int, stride: int) -> list[nn.Module]:
+            return [nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
+
+        plan = [(3, 32, 1), (32, 64, 2), (64, 64, 1), (64, 96, 2), (96, 96, 1), (96, 160, 2), (160, 160, 1)]
+        self.features = nn.Sequential(*(module for row in plan for module in layer(*row)))
+        self.heads = nn.ModuleDict({name: nn.Linear(2 * 160, len(table)) for name, table in ATTRIBUTES.items()})
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = self.features(x)
+        h = torch.cat([h.mean(dim=(2, 3)), h.amax(dim=(2, 3))], dim=1)
+        return {name: head(h) for name, head in self.heads.items()}
+
+
+def random_scenes(seed: int, count: int) -> list[Scene]:
+    """`count` scenes of a set."""
+    return [Scene.random(np.random.default_rng([seed, i])) for i in range(count)]
+
+
+def rendered(scenes: list[Scene]) -> Tensor:
+    """uint8 [N, 3, H, W], drawn by all cores."""
+    with ProcessPoolExecutor() as pool:
+        drawn = list(pool.map(Scene.draw, scenes, repeat(SIZE), chunksize=100))
+    return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2)
+
+
+def in_unit(images: Tensor) -> Tensor:
+    """uint8 -> [-1, 1]."""
+    return images / 127.5 - 1
+
+
+def labels(scenes: list[Scene]) -> dict[str, Tensor]:
+    """For each attribute [N], the number of the scene's value in its table."""
+    return {
+        name: torch.tensor([list(table).index(getattr(scene, name)) for scene in scenes]) for name, table in ATTRIBUTES.items()
+    }
+
+
+def soften(x: Tensor, rng: np.random.Generator) -> Tensor:
+    """A batch as a generator might leave it: blurred, with noise, brighter or darker, all by random amounts."""
+    strength = torch.from_numpy(rng.random((4, len(x), 1, 1, 1))).float()
+    small = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+    x = torch.lerp(x, small, strength[0])
+    noise = torch.from_numpy(rng.standard_normal(x.shape, dtype=np.float32))
+    return x * (0.85 + 0.3 * strength[1]) + 0.2 * (strength[2] - 0.5) + 0.15 * strength[3] * noise
+
+
+def train(folder: Path, count: int, epochs: int) -> None:
+    """Train on `count` rendered scenes and write folder/judge.safetensors."""
+    scenes = random_scenes(TRAIN, count)
+    images, truth = rendered(scenes), labels(scenes)
+    torch.manual_seed(TRAIN)
+    judge, rng = Judge().train(), np.random.default_rng(TRAIN)
+    steps = epochs * (count // BATCH)
+    optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+    order = np.concatenate([rng.permutation(count)[: count // BATCH * BATCH] for _ in range(epochs)])
+    for which in tqdm(order.reshape(steps, BATCH), desc="training the judge", mininterval=10):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = judge(soften(in_unit(images[which]), rng))
+        loss = sum(F.cross_entropy(logits[name].float(), truth[name][which]) for name in ATTRIBUTES)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    files.write_weights(folder / "judge.safetensors", judge.state_dict())
+
+
+def load(folder: Path) -> Judge:
+    """The trained judge."""
+    judge = Judge()
+    judge.load_state_dict({**files.weights_of(folder, "judge")})
+    return judge.eval()
+
+
+@torch.no_grad()
+def verdicts(judge: Judge, x: Tensor) -> dict[str, Tensor]:
+    """For each attribute [N], the number of the value that the judge sees; x [N, 3, H, W] in [-1, 1]."""
+    parts = [judge(part) for part in x.split(BATCH)]
+    return {name: torch.cat([part[name].argmax(dim=1) for part in parts]) for name in ATTRIBUTES}
+
+
+def accuracy(judge: Judge, x: Tensor, scenes: list[Scene], named: bool = False) -> dict[str, float]:
+    """The share of the pictures with the scene's value, by attribute; `named` leaves out what the caption does not say."""
+    seen, truth = verdicts(judge, x), labels(scenes)
+    said = [scene.caption() for scene in scenes]
+    words = {"place": lambda value: PLACES[value].words, "accessory": lambda value: ACCESSORIES[value].words or "none"}
+    shares = {}
+    for name in ATTRIBUTES:
+        values = [words.get(name, str)(getattr(scene, name)) for scene in scenes]
+        counts = torch.tensor(
+            [not named or f" {value} " in f" {caption} " for value, caption in zip(values, said, strict=True)]
+        )
+        shares[name] = (seen[name] == truth[name])[counts].float().mean().item()
+    return shares
+
+
+@torch.no_grad()
+def reconstructed(vae: VAE, x: Tensor) -> Tensor:
+    """Pictures through the VAE and back."""
+    return torch.cat([vae.decode(vae.encode(part).mean) for part in x.split(BATCH)]).clamp(-1, 1)
+
+
+def score(folder: Path, model: Path, count: int, steps: int, guidance: float) -> Iterator[str]:
+    """The lines of the table: rendered scenes, the same through the VAE, and what the model draws for full captions."""
+    judge, pipe = load(folder), minibooth.load(model)
+    held_out, asked = random_scenes(HELD_OUT, count), random_scenes(ASKED, count)
+    real = in_unit(rendered(held_out))
+    soft = reconstructed(pipe.vae, real)
+    drawn = []
+    for i in tqdm(range(0, count, BATCH), desc="drawing", mininterval=10):
+        captions = [scene.caption() for scene in asked[i : i + BATCH]]
+        with torch.autocast("cpu", torch.bfloat16):
+            drawn += pipe.generate(captions, steps=steps, guidance_scale=guidance, seed=i)
+    yield " | ".join([f"{'':14}", *(f"{name:>9}" for name in ATTRIBUTES)])
+    for title, x, scenes, named in (
+        ("rendered", real, held_out, False),
+        ("through VAE", soft, held_out, False),
+        (f"drawn, {steps} steps", torch.stack([to_tensor(image) for image in drawn]), asked, True),
+    ):
+        yield " | ".join([f"{title:14}", *(f"{x:9.1%}" for x in accuracy(judge, x, scenes, named).values())])
+    psnr = -10 * (0.25 * (real - soft).square().mean(dim=(1, 2, 3))).log10().mean()
+    yield f"VAE: {psnr:.2f} dB PSNR over {count} held-out scenes; guidance {guidance:g}"
+
+
+def main() -> None:
+    """Train or score."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    training = commands.add_parser("train", help="train the judge, a few minutes on two cores")
+    scoring = commands.add_parser("score", help="judge a model's pictures")
+    for command in (training, scoring):
+        command.add_argument("--judge", type=Path, required=True, help="folder of judge.safetensors")
+    training.add_argument("--scenes", type=int, default=12_000)
+    training.add_argument("--epochs", type=int, default=8)
+    scoring.add_argument("--model", type=Path, required=True, help="folder in the diffusers layout")
+    scoring.add_argument("--scenes", type=int, default=500)
+    scoring.add_argument("--steps", type=int, default=25)
+    scoring.add_argument("--guidance-scale", type=float, default=4.0)
+    args = parser.parse_args()
+    if args.command == "train":
+        train(args.judge, args.scenes, args.epochs)
+    else:
+        print(*score(args.judge, args.model, args.scenes, args.steps, args.guidance_scale), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,418 @@
+"""Pretrain the tiny Stable Diffusion of weights/tiny on the world that world.py draws.
+
+    python scripts/pretrain_tiny.py --out weights/tiny --work DIR --minutes 120
+
+Stages, each kept in DIR and skipped or continued by the next call: pictures of random scenes; a vocabulary learnt from
+their captions; the VAE (Rombach et al. 2022, section 3.1); the latents of all scenes; UNet and text encoder together,
+with captions dropped for classifier-free guidance. A larger --minutes takes the training up again from where it ended.
+
+Shapes: B batch, N scenes, Z latent channels, h x w latent size.
+"""
+
+import argparse
+import copy
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import asdict, replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file
+from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor, nn
+from world import Scene
+
+import minibooth
+from minibooth.checkpoint import files
+from minibooth.diffusion.images import grid, to_image
+from minibooth.diffusion.noise import generator
+from minibooth.diffusion.scheduler import DDPMScheduler
+from minibooth.models.clip import CLIPText
+from minibooth.models.config import CLIPTextConfig, UNetConfig, VAEConfig
+from minibooth.models.tokenizer import END, START, Tokenizer
+from minibooth.models.unet import UNet
+from minibooth.models.vae import VAE
+
+CHUNK, HELD_OUT, SIZE, SEED = 1000, 500, 64, 0
+RARE = "sks zwx olis qiv"  # identifiers for DreamBooth: a token each, in no caption
+COMMON = "the and with without my this toy cute tiny drawing painting portrait background"
+VAE_CONFIG = VAEConfig(
+    sample_size=SIZE,
+    block_out_channels=(32, 64, 64),
+    down_block_types=("DownEncoderBlock2D",) * 3,
+    up_block_types=("UpDecoderBlock2D",) * 3,
+    norm_num_groups=16,
+    force_upcast=False,
+)
+TEXT_CONFIG = CLIPTextConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4)
+UNET_CONFIG = UNetConfig(
+    sample_size=SIZE // 4,
+    block_out_channels=(96, 128, 128),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    layers_per_block=1,
+    attention_head_dim=4,
+    cross_attention_dim=TEXT_CONFIG.hidden_size,
+    use_linear_projection=True,
+)
+SCHEDULE = dict(
+    num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+    set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading", prediction_type="v_prediction",
+)  # fmt: skip
+
+
+# --- scenes and their captions ---------------------------------------------------------------------------------------
+
+
+def render(folder: Path, chunk: int) -> None:
+    """Write one chunk of scenes, pictures and descriptions, unless it is there."""
+    if (folder / f"{chunk:04d}.json").exists():
+        return
+    scenes = [Scene.random(np.random.default_rng([SEED, chunk, i])) for i in range(CHUNK)]
+    with files.replacing(folder / f"{chunk:04d}.npy") as temporary, temporary.open("wb") as file:
+        np.save(file, np.stack([scene.draw(SIZE) for scene in scenes]))
+    with files.replacing(folder / f"{chunk:04d}.json") as temporary:
+        temporary.write_text(json.dumps([asdict(scene) for scene in scenes]))
+
+
+def render_all(folder: Path, count: int, workers: int) -> list[Scene]:
+    """Every scene, drawn by as many processes as there are workers; the last HELD_OUT are for measuring."""
+    chunks = range(-(-count // CHUNK))
+    with ProcessPoolExecutor(workers) as pool:
+        list(pool.map(render, [folder] * len(chunks), chunks))
+    return [Scene(**scene) for i in chunks for scene in json.loads((folder / f"{i:04d}.json").read_text())]
+
+
+def pictures(folder: Path) -> np.ndarray:
+    """All pictures, uint8 [N, H, W, 3]."""
+    return np.concatenate([np.load(path) for path in sorted(folder.glob("*.npy"))])
+
+
+def to_batch(images: np.ndarray) -> Tensor:
+    """uint8 [B, H, W, 3] -> [B, 3, H, W] in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def learn_merges(words: Counter[str]) -> list[tuple[str, str]]:
+    """The byte pairs to join, most frequent first, until each of these words is one token. Sennrich et al. 2016."""
+    spelt = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
+    merges: list[tuple[str, str]] = []
+    while True:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, parts in spelt.items():
+            for pair in pairwise(parts):
+                pairs[pair] += words[word]
+        if not pairs:
+            return merges
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merges.append(best)
+        for parts in spelt.values():
+            for i in reversed(range(len(parts) - 1)):
+                if tuple(parts[i : i + 2]) == best:
+                    parts[i : i + 2] = ["".join(best)]
+
+
+def learn_vocabulary(folder: Path, captions: Sequence[str]) -> None:
+    """Write a tokenizer in CLIP's format: every byte, within and at the end of a word, then the merges."""
+    words = Counter(word for caption in captions for word in caption.split())
+    words.update(f"{RARE} {COMMON}".split())
+    merges, alphabet = learn_merges(words), sorted(ByteLevel.alphabet())
+    tokens = [*alphabet, *(byte + "</w>" for byte in alphabet), *map("".join, merges), START, END]
+    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **special}
+    with files.replacing(folder) as temporary:
+        temporary.mkdir()
+        (temporary / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(dict.fromkeys(tokens))}))
+        (temporary / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]))
+        (temporary / "special_tokens_map.json").write_text(json.dumps(special, indent=2))
+        (temporary / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+class Training:
+    """A network on its way: AdamW, a moving average and a clock, in one file from which a restart goes on.
+
+    loss(network, *batch) is a scalar. On a CPU each thread takes its share of the batch: two threads of one core each
+    beat operations spread over two cores by 40 %. The rate is constant after a warm-up, and falls to zero over the last
+    fifth of the budget; with a larger budget it comes up again.
+    """
+
+    def __init__(self, path: Path, network: nn.Module, loss: Callable[..., Tensor], rate: float, minutes: float, threads: int):
+        self.path, self.network, self.loss, self.rate, self.budget = path, network, loss, rate, 60 * minutes
+        self.average = copy.deepcopy(network).requires_grad_(False).eval()
+        self.parameters = list(network.parameters())
+        self.device = self.parameters[0].device
+        self.optimizer = torch.optim.AdamW(self.parameters, rate, betas=(0.9, 0.99), fused=True)
+        self.shares = threads if self.device.type == "cpu" else 1
+        self.pool = ThreadPoolExecutor(self.shares)
+        self.steps, self.seconds, self.seen = 0, 0.0, 0
+        if path.exists():
+            self.load()
+
+    def load(self) -> None:
+        """Go on from what `save` wrote."""
+        state = load_file(self.path)
+        self.network.load_state_dict({k[8:]: x for k, x in state.items() if k.startswith("network.")})
+        self.average.load_state_dict({k[8:]: x for k, x in state.items() if k.startswith("average.")})
+        groups, moments = self.optimizer.state_dict()["param_groups"], ("step", "exp_avg", "exp_avg_sq")
+        adam = {i: {key: state[f"adam.{i}.{key}"] for key in moments} for i in range(len(self.parameters))}
+        self.optimizer.load_state_dict({"state": adam, "param_groups": groups})
+        self.steps, self.seen, self.seconds = int(state["steps"]), int(state["seen"]), float(state["seconds"])
+
+    def save(self) -> None:
+        """Write the whole state."""
+        state = {f"network.{k}": x for k, x in self.network.state_dict().items()}
+        state |= {f"average.{k}": x for k, x in self.average.state_dict().items()}
+        for i, moments in self.optimizer.state_dict()["state"].items():
+            state |= {f"adam.{i}.{key}": x for key, x in moments.items()}
+        clock = {"steps": self.steps, "seen": self.seen, "seconds": self.seconds}
+        files.write_weights(self.path, state | {k: torch.tensor(x, dtype=torch.float64) for k, x in clock.items()})
+
+    def gradients(self, share: Sequence[Tensor]) -> tuple[float, Sequence[Tensor]]:
+        """One thread's part of a step."""
+        with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):  # the cache is common to all threads
+            loss = self.loss(self.network, *share) / self.shares
+        return loss.item(), torch.autograd.grad(loss, self.parameters)
+
+    def step(self, batch: Sequence[Tensor]) -> float:
+        """One update; returns the loss."""
+        shares = zip(*(x.to(self.device).chunk(self.shares) for x in batch), strict=True)
+        losses, gradients = zip(*self.pool.map(self.gradients, shares), strict=True)
+        for parameter, *parts in zip(self.parameters, *gradients, strict=True):
+            parameter.grad = sum(parts)
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        left = (self.budget - self.seconds) / (0.2 * self.budget)
+        self.optimizer.param_groups[0]["lr"] = self.rate * max(0.0, min(1.0, (self.steps + 1) / 200, left))
+        self.optimizer.step()
+        self.steps, self.seen = self.steps + 1, self.seen + len(batch[0])
+        weight = max(9 / (self.steps + 9), 2e-4)  # an average over about the last tenth of all steps
+        with torch.no_grad():
+            for mean, parameter in zip(self.average.parameters(), self.parameters, strict=True):
+                mean.lerp_(parameter, weight)
+        return sum(losses)
+
+    def run(self, draw: Callable[[int], Sequence[Tensor]], show: Callable[[], None]) -> None:
+        """Train on draw(step) until the budget is spent. A line a minute; every ten the state is saved and shown."""
+        losses: list[float] = []
+        last = logged = kept = time.monotonic()
+        seen = self.seen
+        while self.seconds < self.budget:
+            losses.append(self.step(draw(self.steps)))
+            now = time.monotonic()
+            self.seconds, last = self.seconds + now - last, now
+            if now - logged > 60:
+                loss, rate = sum(losses) / len(losses), (self.seen - seen) / (now - logged)
+                print(
+                    f"{self.path.stem} {self.seconds / 60:6.1f} of {self.budget / 60:g} min  step {self.steps}",
+                    end="  ",
+                )
+                print(f"{self.seen} pictures, {rate:.1f}/s  loss {loss:.4f}", flush=True)
+                losses, seen, logged = [], self.seen, now
+            if now - kept > 600 or self.seconds >= self.budget:
+                self.save()
+                show()
+                kept = time.monotonic()
+
+
+# --- the VAE ---------------------------------------------------------------------------------------------------------
+
+
+def vae_loss(vae: VAE, x: Tensor, noise: Tensor) -> Tensor:
+    """Absolute and squared error of the picture, and a touch of KL divergence of the latents from N(0, 1)."""
+    posterior = vae.encode(x)
+    mean, std = posterior.mean.float(), posterior.std.float()
+    error = vae.decode(mean + std * noise).float() - x
+    kl = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log())
+    return error.abs().mean() + 5 * error.square().mean() + 1e-4 * kl.mean()
+
+
+def train_vae(work: Path, minutes: float, device: torch.device, threads: int) -> None:
+    """The VAE on crops of 32 x 32, four for the price of one picture, and towards the end on whole pictures.
+
+    Then every scene's posterior goes to latents.safetensors, with the factor that brings the latents to unit variance.
+    """
+    images = pictures(work / "scenes")
+    train, held_out = images[:-HELD_OUT], to_batch(images[-HELD_OUT:])
+    vae = VAE(VAE_CONFIG).to(device)
+    nn.init.constant_(vae.quant_conv.bias[VAE_CONFIG.latent_channels :], -6)  # else noise drowns what it has yet to say
+    training = Training(work / "vae.safetensors", vae, vae_loss, 1.5e-3, minutes, threads)
+    vae = training.average
+
+    def draw(step: int) -> tuple[Tensor, Tensor]:
+        rng = np.random.default_rng([SEED, 1, step])
+        side, count = (SIZE, 4) if training.seconds > 0.65 * training.budget else (SIZE // 2, 16)
+        corners = rng.integers(SIZE - side + 1, size=(count, 2))
+        crops = [
+            train[i, y : y + side, x : x + side]
+            for i, (y, x) in zip(rng.integers(len(train), size=count), corners, strict=True)
+        ]
+        shape = count, VAE_CONFIG.latent_channels, side // 4, side // 4
+        return to_batch(np.stack(crops)), torch.randn(shape, generator=generator(SEED, "vae", step))
+
+    @torch.no_grad()
+    def show() -> None:
+        x = held_out[:200].to(device)
+        y = torch.cat([vae.decode(vae.encode(part).mean) for part in x.split(20)]).clamp(-1, 1)
+        psnr = -10 * (0.25 * (x - y).square().mean(dim=(1, 2, 3))).log10().mean()
+        print(f"vae: {psnr:.2f} dB on held-out scenes", flush=True)
+        pairs = [to_image(torch.cat(pair, dim=1)).resize((128, 256)) for pair in zip(x[:24], y[:24], strict=True)]
+        grid(pairs, 12).save(work / "vae.png")
+
+    @torch.no_grad()
+    def encode(part: np.ndarray) -> tuple[Tensor, Tensor]:
+        posterior = vae.encode(to_batch(part).to(device))
+        return posterior.mean.half().cpu(), posterior.std.half().cpu()
+
+    training.run(draw, show)
+    parts = training.pool.map(encode, np.array_split(images, len(images) // 50))
+    mean, std = (torch.cat(part) for part in zip(*parts, strict=True))
+    scale = (mean.float().var() + std.float().square().mean()).rsqrt()
+    print(f"latents of {len(mean)} scenes: scaling factor {scale:.4f}, noise {std.float().mean() * scale:.3f}", flush=True)
+    files.write_weights(work / "latents.safetensors", {"mean": mean, "std": std, "scale": scale})
+
+
+# --- UNet and text encoder -------------------------------------------------------------------------------------------
+
+
+def new_generator(vocabulary: int) -> nn.ModuleDict:
+    """Both networks, fresh; what is added to a residual stream starts at zero, as in Ho et al. 2020's code."""
+    unet, text = UNet(UNET_CONFIG), CLIPText(replace(TEXT_CONFIG, vocab_size=vocabulary))
+    for name, module in unet.named_modules():
+        if name.endswith(("conv2", "proj_out", "conv_out")):
+            for parameter in module.parameters():
+                nn.init.zeros_(parameter)
+    nn.init.normal_(text.text_model.embeddings.token_embedding.weight, std=0.1)
+    nn.init.normal_(text.text_model.embeddings.position_embedding.weight, std=0.02)
+    return nn.ModuleDict({"unet": unet, "text_encoder": text})
+
+
+def generator_loss(networks: nn.ModuleDict, x: Tensor, t: Tensor, ids: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """The weighted squared error of the predicted velocity."""
+    prediction = networks["unet"](x, t, networks["text_encoder"](ids))
+    return (weight * F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3))).mean()
+
+
+def train_generator(
+    work: Path,
+    out: Path,
+    scenes: list[Scene],
+    tokens: dict[str, bytes],
+    minutes: float,
+    device: torch.device,
+    threads: int,
+) -> None:
+    """UNet and text encoder on the scenes' posteriors, and on captions worded anew at every step.
+
+    Pictures are not mirrored: latents are not mirror images of one another, and the world draws both facings anyway.
+    """
+    latents, tokenizer = load_file(work / "latents.safetensors"), Tokenizer.from_files(tokens)
+    scheduler, batch = DDPMScheduler.from_config(SCHEDULE), 32 if device.type == "cpu" else 256
+    networks = new_generator(len(json.loads(tokens["vocab.json"]))).to(device)
+    training = Training(work / "generator.safetensors", networks, generator_loss, 5e-4, minutes, threads)
+    vae = VAE(replace(VAE_CONFIG, scaling_factor=round(latents["scale"].item(), 5)))
+    vae.load_state_dict({k[8:]: x for k, x in load_file(work / "vae.safetensors").items() if k.startswith("average.")})
+    captions = [scene.caption() for scene in scenes[-24:]]
+
+    def draw(step: int) -> tuple[Tensor, ...]:
+        rng, noise = np.random.default_rng([SEED, 2, step]), generator(SEED, "generator", step)
+        which = rng.integers(len(scenes) - HELD_OUT, size=batch)
+        words = ["" if rng.random() < 0.1 else scenes[i].caption(rng) for i in which]
+        mean, std = (latents[key][which].float() * vae.scaling_factor for key in ("mean", "std"))
+        x0 = mean + std * torch.randn(mean.shape, generator=noise)
+        t = ((torch.arange(batch) + torch.rand(batch, generator=noise)) * (1000 / batch)).long()  # spread evenly
+        eps = torch.randn(mean.shape, generator=noise)
+        snr = scheduler.snr(t)
+        weight = (snr.clamp(max=5) + 1) / (snr + 1)  # min-SNR's limit on the last, easy details; the rest counts alike
+        return scheduler.add_noise(x0, eps, t), t, tokenizer(words), scheduler.target(x0, eps, t), weight
+
+    def show() -> None:
+        export(out, {**training.average, "vae": vae}, tokens)
+        pipe = minibooth.load(out, device=device)
+        with torch.autocast(device.type, torch.bfloat16):
+            drawn = pipe.generate(captions, steps=25, guidance_scale=4.0, seed=0)
+        sheet = grid([labelled(*pair) for pair in zip(drawn, captions, strict=True)], 8)
+        sheet.save(work / f"samples-{training.seen:08d}.png")
+
+    training.run(draw, show)
+
+
+def labelled(picture: Image.Image, caption: str) -> Image.Image:
+    """The picture, enlarged, above its caption."""
+    words = caption.removeprefix("a photo of ").split()
+    lines = " ".join(words[: (middle := -(-len(words) // 2))]), " ".join(words[middle:])
+    card = Image.new("RGB", (3 * SIZE, 3 * SIZE + 26), "white")
+    card.paste(picture.resize((3 * SIZE, 3 * SIZE), Image.Resampling.NEAREST))
+    ImageDraw.Draw(card).multiline_text((2, 3 * SIZE), "\n".join(lines), fill="black", spacing=0)
+    return card
+
+
+def export(out: Path, networks: dict[str, nn.Module], tokens: dict[str, bytes]) -> None:
+    """Write the diffusers layout in fp16."""
+    classes = {
+        "scheduler": ("diffusers", "DDIMScheduler"),
+        "text_encoder": ("transformers", "CLIPTextModel"),
+        "tokenizer": ("transformers", "CLIPTokenizer"),
+        "unet": ("diffusers", "UNet2DConditionModel"),
+        "vae": ("diffusers", "AutoencoderKL"),
+    }
+    absent = dict.fromkeys(("feature_extractor", "image_encoder", "safety_checker"), (None, None))
+    ids = json.loads(tokens["vocab.json"])
+    special = {"bos_token_id": ids[START], "eos_token_id": ids[END], "pad_token_id": ids[END]}
+    heads = {
+        "scheduler": {"_class_name": "DDIMScheduler"} | SCHEDULE,
+        "text_encoder": {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "dtype": "float16"} | special,
+        "unet": {"_class_name": "UNet2DConditionModel"},
+        "vae": {"_class_name": "AutoencoderKL"},
+    }
+    index = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False, **classes, **absent}
+    small = {f"tokenizer/{name}": data for name, data in tokens.items()}
+    small["model_index.json"] = json.dumps(index, indent=2).encode()
+    for name, head in heads.items():
+        config = head | (asdict(networks[name].config) if name in networks else {})
+        file = "scheduler_config.json" if name == "scheduler" else "config.json"
+        small[f"{name}/{file}"] = json.dumps(config, indent=2).encode()
+    with files.replacing(out, merge=True) as temporary:
+        for name, data in small.items():
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            (temporary / name).write_bytes(data)
+        for name, network in networks.items():
+            stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
+            halves = {key: x.half() for key, x in network.state_dict().items()}
+            files.write_weights(temporary / name / f"{stem}.safetensors", halves)
+
+
+def main() -> None:
+    """The stages in turn."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for the model, in the diffusers layout")
+    parser.add_argument("--work", type=Path, required=True, help="folder for scenes, training state and sample grids")
+    parser.add_argument("--minutes", type=float, default=120, help="UNet and text encoder, over all calls (default 120)")
+    parser.add_argument("--vae-minutes", type=float, default=25, help="the VAE, over all calls (default 25)")
+    parser.add_argument("--scenes", type=int, default=40_000, help="how many to draw (default 40000)")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu (default) or cuda")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="processor cores to use (default all)")
+    args = parser.parse_args()
+
+    torch.manual_seed(SEED)
+    torch.set_num_threads(1)  # threads share out the batch instead (Training)
+    scenes = render_all(args.work / "scenes", args.scenes, args.threads)
+    if not (vocabulary := args.work / "tokenizer").exists():
+        learn_vocabulary(vocabulary, [scene.caption(np.random.default_rng(i)) for i, scene in enumerate(scenes[:5000])])
+    tokens = {path.name: path.read_bytes() for path in vocabulary.iterdir()}
+    if not (args.work / "latents.safetensors").exists():
+        train_vae(args.work, args.vae_minutes, args.device, args.threads)
+    train_generator(args.work, args.out, scenes, tokens, args.minutes, args.device, args.threads)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Training runs small enough for a test: a UNet of two levels, photographs of noise, a handful of steps, one thread."""
+
+import functools
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from conftest import make_checkpoint
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from minibooth import command
+from minibooth import train as command_line
+from minibooth.dreambooth.settings import Settings
+from minibooth.dreambooth.trainer import Trainer
+
+torch.set_num_threads(1)  # tiny networks only get slower with more, and a run's bits depend on their number
+
+
+TINY = {
+    "unet": dict(
+        block_out_channels=[16, 32], layers_per_block=1, down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
+        up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
+    ),
+    "vae": dict(layers_per_block=1),
+    "text_encoder": dict(num_hidden_layers=1),
+}  # fmt: skip
+KEPT = tempfile.TemporaryDirectory(prefix="minibooth-")
+
+
+@functools.cache
+def tiny() -> Path:
+    """A Stable Diffusion 1 of two levels, made once: where a law does not depend on the network, its steps are fast."""
+    return make_checkpoint(Path(KEPT.name) / "tiny", TINY, seed=30)
+
+
+def photographs(folder: Path, count: int = 3, seed: int = 0) -> Path:
+    """A folder of PNGs, neither square nor of the training's size; made only if it is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        levels = np.random.default_rng(seed + i).integers(0, 256, (40, 48, 3), dtype=np.uint8)
+        if not (folder / f"{i}.png").exists():
+            Image.fromarray(levels).save(folder / f"{i}.png")
+    return folder
+
+
+def small(folder: Path, model: Path | None = None, **changes) -> Settings:
+    """Settings of a run of `model` (`tiny`) on three photographs in `folder`, which leaves its output there too."""
+    usual = dict(
+        pretrained_model_name_or_path=str(model or tiny()), instance_data_dir=str(photographs(folder / "photographs")),
+        instance_prompt="a photo of sks dog", output_dir=str(folder / "output"), resolution=64, train_batch_size=2,
+        max_train_steps=5, learning_rate=1e-3, seed=7, crops_per_image=2,
+    )  # fmt: skip
+    return Settings(**(usual | changes))
+
+
+def with_class(folder: Path) -> dict:
+    """The changes that add prior preservation on four class pictures of the user's own."""
+    own = photographs(folder / "class", count=4, seed=100)
+    return dict(with_prior_preservation=True, class_prompt="a photo of dog", class_data_dir=str(own), num_class_images=4)
+
+
+def trainer(settings: Settings, dtype: torch.dtype = torch.float32) -> Trainer:
+    return Trainer(settings, torch.device("cpu"), dtype, torch.float32)
+
+
+def train(settings: Settings, dtype: torch.dtype = torch.float32) -> Path:
+    """Run it; returns its output folder."""
+    trainer(settings, dtype).train()
+    return Path(settings.output_dir)
+
+
+def flags(settings: Settings) -> list[str]:
+    """The command line that says the same."""
+    usual = vars(Settings())
+    given = {name: value for name, value in vars(settings).items() if value != usual[name]}
+    return ["--device=cpu", *(f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items())]
+
+
+def run(words: list[str]) -> int:
+    """python -m minibooth.train in this process; returns its exit status."""
+    try:
+        command.run(command_line.main, ["train.py", *words])
+    except SystemExit as end:
+        return end.code
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a pipeline's folder, or of a checkpoint's, by network."""
+    found = [path for network in ("text_encoder", "unet", "vae") for path in folder.glob(f"{network}/*.safetensors")]
+    return {f"{path.parent.name}/{name}": tensor for path in found for name, tensor in load_file(path).items()}
+
+
+def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Whether two sets of tensors have equal names, dtypes and bits."""
+    if one.keys() != other.keys() or any(one[name].dtype != other[name].dtype for name in one):
+        return False
+    return all(torch.equal(one[name].flatten().view(torch.uint8), other[name].flatten().view(torch.uint8)) for name in one)
+
+
+def only(tensors: dict[str, Tensor], *networks: str) -> dict[str, Tensor]:
+    """Those of some of the networks."""
+    return {name: tensor for name, tensor in tensors.items() if name.split("/")[0] in networks}
+
+
+def metrics(folder: Path) -> list[dict]:
+    """metrics.jsonl, but for the seconds, which no two runs share."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]

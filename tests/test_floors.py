@@ -1,0 +1,71 @@
+"""The house stands: an import points to a lower floor or to the same folder, and nothing is ever unpickled."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import minibooth
+
+PACKAGE = Path(minibooth.__file__).parent
+FLOORS = ["errors", "models", "checkpoint", "diffusion", "dreambooth", "commands"]
+BANNED = {"diffusers", "transformers", "accelerate", "peft", "bitsandbytes", "pickle", "dill", "joblib", "shelve"}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def floor(parts):
+    """Of a module's dotted name, as parts: ["minibooth", "models", "unet"] stands on models; commands are on top."""
+    folder = parts[1] if len(parts) > 1 else ""
+    return FLOORS.index(folder if folder in FLOORS else "commands")
+
+
+def parts_of(path):
+    """The dotted name of a module's file, as parts."""
+    parts = [PACKAGE.name, *path.relative_to(PACKAGE).with_suffix("").parts]
+    return parts[:-1] if parts[-1] == "__init__" else parts
+
+
+def imports(path):
+    """Every module that a file imports, wherever in it; `from a import b` as a.b where that is a module of ours."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} imports by dots"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                place = PACKAGE.parent.joinpath(*inner.split("."))
+                yield inner if place.with_suffix(".py").is_file() or place.is_dir() else node.module
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_downwards(path):
+    own = parts_of(path)
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] != PACKAGE.name:
+            assert parts[0] not in BANNED, f"{path.name} imports {name}"
+        elif len(own) == 1:  # the front door
+            assert floor(parts) < FLOORS.index("commands"), f"the front door imports {name}"
+        else:
+            assert parts != [PACKAGE.name], f"{path.name} imports the front door"
+            below, beside = floor(parts) < floor(own), parts[:-1] == own[:-1] or parts[: len(own)] == own
+            assert below or (beside and floor(parts) == floor(own)), f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_nothing_is_unpickled(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            assert (node.value.id, node.attr) not in {("torch", "load"), ("np", "load"), ("torch", "save")}, path.name
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_says_what_it_is(path):
+    text = path.read_text(encoding="utf-8")
+    assert ast.get_docstring(ast.parse(text)) or not text.strip()
+
+
+def test_every_folder_is_a_floor():
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders == set(FLOORS[1:-1])

@@ -1,0 +1,193 @@
+"""At full size, Stable Diffusion 1.4 and 2.1 give diffusers' numbers, and load no slower than there.
+
+    MINIBOOTH_FULL_SIZE=folder pytest -m full_size -s tests/test_full_size.py
+
+The folder holds two checkpoints in the diffusers layout, sd14-full and sd21-full. -s shows the figures.
+"""
+
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import minibooth
+from minibooth.checkpoint.load import Source
+
+pytestmark = pytest.mark.full_size
+
+SAMPLERS = {"sd14-full": "pndm", "sd21-full": "ddim"}  # of their own schedulers
+NETWORKS = {  # the library and class of each component
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "unet": ("diffusers", "UNet2DConditionModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+}
+# One load in a process of its own: seconds until the weights are usable and until all were read, and memory by then.
+MEASURE = """
+import json, sys, time
+from pathlib import Path
+
+library, folder = sys.argv[1:]
+if library == "minibooth":
+    from minibooth import load
+else:
+    from diffusers import StableDiffusionPipeline
+    load = StableDiffusionPipeline.from_pretrained
+
+def memory(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
+
+before, start = memory("VmRSS"), time.perf_counter()
+pipe = load(folder)
+loaded = time.perf_counter() - start
+parameters = [x for network in (pipe.unet, pipe.vae, pipe.text_encoder) for x in network.parameters()]
+for x in parameters:
+    x.detach().view(-1)[::1024].sum()  # a page is 4096 bytes
+read = time.perf_counter() - start
+size = sum(x.numel() * x.element_size() for x in parameters)
+print(json.dumps({"loaded": loaded, "read": read, "memory": (memory("VmHWM") - before) / size}))
+"""
+
+
+@pytest.fixture(scope="module", params=SAMPLERS)
+def folder(request):
+    root = os.environ.get("MINIBOOTH_FULL_SIZE")
+    if not root or not (Path(root) / request.param).is_dir():
+        pytest.skip("MINIBOOTH_FULL_SIZE names no folder that holds the checkpoints")
+    return Path(root) / request.param
+
+
+@pytest.fixture(autouse=True)
+def all_cores():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count())
+    yield
+    torch.set_num_threads(threads)
+    gc.collect()
+
+
+@pytest.fixture
+def report(folder, capsys):
+    def say(what, value):
+        with capsys.disabled():
+            print(f"\n{folder.name}: {what} {value}", end="")
+
+    return say
+
+
+def ours(folder, name):
+    return Source.open(folder).build(name)
+
+
+def theirs(folder, name):
+    library, network = NETWORKS[name]
+    return getattr(pytest.importorskip(library), network).from_pretrained(folder / name)
+
+
+def normals(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def error(left, right):
+    """Largest difference, in units of the largest value."""
+    assert left.shape == right.shape
+    return ((left - right).abs().max() / right.abs().max()).item()
+
+
+def inputs(folder):
+    """Latents of 192 x 256 pixels, a timestep and a context for the UNet."""
+    width = json.loads((folder / "unet" / "config.json").read_text())["cross_attention_dim"]
+    return normals(1, 4, 24, 32), torch.tensor([601]), normals(1, 77, width, seed=1)
+
+
+@torch.no_grad()
+def test_text_encoder(folder, report):
+    ids = Source.open(folder).tokenizer()(["a photo of sks dog", ""])
+    found = error(ours(folder, "text_encoder")(ids), theirs(folder, "text_encoder")(ids).last_hidden_state)
+    report("text encoder", f"{found:.1e}")
+    assert found <= 1e-5
+
+
+@torch.no_grad()
+def test_vae(folder, report):
+    images, latents = normals(1, 3, 256, 256).tanh(), normals(1, 4, 32, 32)
+    vae, reference = ours(folder, "vae"), theirs(folder, "vae")
+    posterior, expected = vae.encode(images), reference.encode(images).latent_dist
+    found = {
+        "mean": error(posterior.mean, expected.mean),
+        "std": error(posterior.std, expected.std),
+        "decode": error(vae.decode(latents), reference.decode(latents).sample),
+    }
+    report("VAE", {name: f"{value:.1e}" for name, value in found.items()})
+    assert max(found.values()) <= 1e-5
+
+
+@torch.no_grad()
+def test_unet(folder, report):
+    expected = theirs(folder, "unet")(*inputs(folder)).sample
+    found = error(ours(folder, "unet")(*inputs(folder)), expected)
+    report("UNet", f"{found:.1e}")
+    assert found <= 1e-5
+
+
+def test_unet_gradients(folder, report):
+    """One network at a time, and of the first one its gradients alone stay."""
+
+    def gradients(unet):
+        output = unet(*inputs(folder))
+        loss = (getattr(output, "sample", output) - normals(1, 4, 24, 32, seed=2)).square().mean()
+        named = dict(unet.named_parameters())
+        return dict(zip(named, torch.autograd.grad(loss, named.values()), strict=True))
+
+    expected = gradients(theirs(folder, "unet"))
+    gc.collect()
+    found = {name: error(gradient, expected[name]) for name, gradient in gradients(ours(folder, "unet")).items()}
+    assert found.keys() == expected.keys()
+    worst = max(found, key=found.get)
+    report("UNet gradients, the worst parameter's:", f"{found[worst]:.1e} ({worst})")
+    assert found[worst] <= 1e-4
+
+
+def test_generate(folder, report):
+    diffusers = pytest.importorskip("diffusers")
+    prompts, negatives, latents = ["a photo of sks dog"], ["blurry"], normals(1, 4, 32, 32)
+    pipe = minibooth.load(folder)
+    drawn = pipe.generate(prompts, negatives, 256, 256, 3, sampler=SAMPLERS[folder.name], latents=latents)
+    del pipe
+    reference = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    options = dict(height=256, width=256, num_inference_steps=3, guidance_scale=7.5)
+    expected = reference(prompts, negative_prompt=negatives, latents=latents.clone(), **options).images
+    levels = [np.asarray(picture, np.int16) for picture in (*drawn, *expected)]
+    found = np.abs(levels[0] - levels[1]).max()
+    report("generate at 256 px, levels of 255:", f"{found} (the picture's own deviation: {levels[1].std():.0f})")
+    assert found <= 2
+
+
+def test_loading(folder, report):
+    def measure(library):
+        command = [sys.executable, "-c", MEASURE, library, str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return json.loads(done.stdout.splitlines()[-1])
+
+    for weights in folder.rglob("*.safetensors"):
+        file = weights.open("rb", buffering=0)
+        while file.read(1 << 24):  # into the system's cache, for everyone alike
+            pass
+    runs = [(measure("minibooth"), measure("diffusers")) for _ in range(3)]
+    median = {key: [statistics.median(run[i][key] for run in runs) for i in range(2)] for key in runs[0][0]}
+    for key, unit in (
+        ("loaded", "seconds to load"),
+        ("read", "seconds to load and read"),
+        ("memory", "times the weights"),
+    ):
+        report(f"{unit}, minibooth and diffusers:", "{:.2f} {:.2f}".format(*median[key]))
+    assert median["memory"][0] <= 1.1
+    assert median["loaded"][0] <= median["loaded"][1]
+    assert median["read"][0] <= median["read"][1]

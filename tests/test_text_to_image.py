@@ -1,0 +1,143 @@
+"""Pictures are those of diffusers' pipeline, and a seed means one picture whatever is drawn beside it."""
+
+import numpy as np
+import pytest
+import torch
+
+import minibooth
+from minibooth.errors import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
+PROMPTS, NEGATIVES = ["a photo of sks dog", "a cat"], ["", "dog"]
+SAMPLERS = {
+    "ddim": ("DDIMScheduler", {"clip_sample": False}),  # not PNDM's key, and True where it is missing
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "euler": ("EulerDiscreteScheduler", {"timestep_spacing": "leading"}),  # what PNDM means by leaving it out
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {"timestep_spacing": "leading"}),
+}
+
+
+def pixels(pictures):
+    return np.stack([np.asarray(picture, np.int16) for picture in pictures])
+
+
+def difference(left, right):
+    """In levels of 255, between pictures that show something."""
+    left, right = pixels(left), pixels(right)
+    assert left.shape == right.shape
+    assert left.std(axis=(1, 2, 3)).min() > 10
+    return np.abs(left - right).max()
+
+
+@pytest.fixture(scope="module")
+def ours(checkpoint):
+    return minibooth.load(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def pipe(sd1):
+    return minibooth.load(sd1)
+
+
+@pytest.fixture(scope="module")
+def theirs(checkpoint):
+    diffusers = pytest.importorskip("diffusers")
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(checkpoint)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def as_diffusers(theirs, sampler, prompts, negatives, height, width, steps, guidance_scale, **start):
+    import diffusers
+
+    name, changes = SAMPLERS[sampler]
+    theirs.scheduler = getattr(diffusers, name).from_config(theirs.scheduler.config, **changes)
+    options = dict(height=height, width=width, num_inference_steps=steps, guidance_scale=guidance_scale)
+    return theirs(prompts, negative_prompt=negatives, **options, **start).images
+
+
+# ---- the reference's pictures
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("guidance, height, width", [(7.5, 64, 72), (1.0, 48, 40)])
+def test_pictures_from_the_same_noise_are_those_of_diffusers(ours, theirs, sampler, guidance, height, width):
+    latents = torch.randn(2, 4, height // 8, width // 8, generator=torch.Generator().manual_seed(0))
+    drawn = ours.generate(PROMPTS, NEGATIVES, height, width, 4, guidance, sampler, latents=latents)
+    expected = as_diffusers(theirs, sampler, PROMPTS, NEGATIVES, height, width, 4, guidance, latents=latents.clone())
+    assert difference(drawn, expected) <= 2
+
+
+def test_a_seed_means_what_it_means_in_diffusers(ours, theirs):
+    generators = [torch.Generator().manual_seed(seed) for seed in (41, 42)]
+    expected = as_diffusers(theirs, "ddim", PROMPTS, NEGATIVES, 64, 64, 2, 7.5, generator=generators)
+    assert difference(ours.generate(PROMPTS, NEGATIVES, 64, 64, 2, seed=41), expected) <= 2
+
+
+# ---- laws
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler_a", "ddpm"])
+def test_a_picture_does_not_depend_on_what_is_drawn_beside_it(ours, sampler):
+    prompts = [*PROMPTS, "sks"]
+    together = ours.generate(prompts, height=64, width=64, steps=3, sampler=sampler, seed=7)
+    alone = [
+        ours.generate(prompt, height=64, width=64, steps=3, sampler=sampler, seed=7 + i)[0] for i, prompt in enumerate(prompts)
+    ]
+    assert difference(together, alone) <= 1
+    assert difference(together[:1], together[1:2]) > 20
+
+
+def test_the_size_is_the_models_own_unless_it_is_given(sd1, sd2, pipe):
+    assert pipe.generate("a dog", steps=1)[0].size == (64, 64)
+    assert minibooth.load(sd2).generate("a dog", steps=1)[0].size == (96, 96)
+    assert pipe.generate("a dog", height=32, width=48, steps=1)[0].size == (48, 32)
+    assert pipe.generate("a dog", height=32, steps=1)[0].size == (64, 32)
+
+
+@pytest.mark.parametrize("size", [{"height": 60}, {"width": 4}, {"width": -8}, {"height": 64.5}])
+def test_a_size_that_cannot_be_drawn_is_refused(pipe, size):
+    with pytest.raises(UserError, match="divisible by 8"):
+        pipe.generate("a dog", steps=1, **size)
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"negative_prompts": ["a"] * 3}, "3 negative prompts for 2 prompts"),
+        ({"sampler": "plms"}, "plms"),
+        ({"steps": 0}, "0 steps"),
+        ({"latents": torch.zeros(1, 4, 8, 8)}, "latents"),
+        ({"latents": torch.zeros(2, 3, 8, 8)}, "latents"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(pipe, options, reason):
+    with pytest.raises(UserError, match=reason):
+        pipe.generate(PROMPTS, **({"steps": 1} | options))
+
+
+def test_only_guidance_heeds_the_negative_prompt(pipe):
+    def draw(scale, negative):
+        return pipe.generate("a dog", negative, steps=2, guidance_scale=scale, seed=0)
+
+    assert difference(draw(1, "a cat"), draw(1, "photo")) == 0
+    assert difference(draw(4, "a cat"), draw(4, "photo")) > 2
+    assert difference(draw(4, None), draw(4, "")) == 0
+    assert difference(draw(4, ""), draw(8, "")) > 2
+
+
+@pytest.mark.parametrize("seed", [3, None])
+def test_the_global_random_state_is_neither_used_nor_changed(pipe, seed):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = pipe.generate("a dog", steps=2, sampler="euler_a", seed=seed)
+    assert torch.equal(torch.get_rng_state(), before)
+    again = pipe.generate("a dog", steps=2, sampler="euler_a", seed=seed)
+    assert (difference(first, again) == 0) == (seed is not None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_draws_about_the_same_picture(ours, checkpoint, dtype):
+    half = minibooth.load(checkpoint, dtype=dtype)
+    drawn = [pipe.generate("a dog", height=64, width=64, steps=2, seed=0) for pipe in (ours, half)]
+    assert np.abs(pixels(drawn[0]) - pixels(drawn[1])).mean() < (0.5 if dtype == torch.float16 else 4)

@@ -1,0 +1,333 @@
+"""The command takes diffusers' command lines, leaves what diffusers opens, and tells a mistake in one line."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small_run import flags, only, photographs, run, same_bits, small, weights
+
+from minibooth import train
+from minibooth.dreambooth import prior
+from minibooth.dreambooth import trainer as trainer_module
+from minibooth.dreambooth.settings import Settings
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def few_drawing_steps(monkeypatch):
+    monkeypatch.setitem(prior.DRAWING, "steps", 2)
+    monkeypatch.setitem(trainer_module.VALIDATION, "steps", 2)
+
+
+# ---- the flags
+
+# train_dreambooth.py's flags: what each is without a word, a word to give it, and what it is then.
+VALUES = {
+    "pretrained_model_name_or_path": ("", "CompVis/stable-diffusion-v1-4", "CompVis/stable-diffusion-v1-4"),
+    "revision": (None, "fp16", "fp16"),
+    "variant": (None, "fp16", "fp16"),
+    "instance_data_dir": ("", "dog", "dog"),
+    "instance_prompt": ("", "a photo of sks_dog-1", "a photo of sks_dog-1"),
+    "class_data_dir": (None, "path_to-class", "path_to-class"),
+    "class_prompt": ("", "a photo of dog", "a photo of dog"),
+    "prior_loss_weight": (1.0, "0.5", 0.5),
+    "num_class_images": (100, "200", 200),
+    "sample_batch_size": (4, "1", 1),
+    "prior_generation_precision": (None, "bf16", "bf16"),
+    "resolution": (512, "768", 768),
+    "output_dir": ("dreambooth-model", "path_to-save", "path_to-save"),
+    "seed": (None, "0", 0),
+    "train_batch_size": (4, "1", 1),
+    "num_train_epochs": (1, "3", 3),
+    "max_train_steps": (None, "800", 800),
+    "gradient_accumulation_steps": (1, "2", 2),
+    "learning_rate": (5e-6, "2e-6", 2e-6),
+    "text_encoder_lr": (None, "1e-6", 1e-6),
+    "lr_scheduler": ("constant", "cosine_with_restarts", "cosine_with_restarts"),
+    "lr_warmup_steps": (500, "0", 0),
+    "lr_num_cycles": (1, "2", 2),
+    "lr_power": (1.0, "2", 2.0),
+    "adam_beta1": (0.9, "0.8", 0.8),
+    "adam_beta2": (0.999, "0.99", 0.99),
+    "adam_weight_decay": (1e-2, "0", 0.0),
+    "adam_epsilon": (1e-8, "1e-6", 1e-6),
+    "max_grad_norm": (1.0, "0.5", 0.5),
+    "mixed_precision": (None, "fp16", "fp16"),
+    "checkpointing_steps": (500, "100", 100),
+    "checkpoints_total_limit": (None, "2", 2),
+    "resume_from_checkpoint": (None, "latest", "latest"),
+    "validation_prompt": (None, "A photo of sks dog in a bucket", "A photo of sks dog in a bucket"),
+    "num_validation_images": (4, "1", 1),
+    "validation_steps": (100, "50", 50),
+    "snr_gamma": (None, "5", 5.0),
+    "hub_model_id": (None, "owner/my_model-1", "owner/my_model-1"),
+    "hub_token": (None, "hf_x", "hf_x"),
+    "image_interpolation_mode": ("lanczos", "bicubic", "bicubic"),
+}
+SWITCHES = (
+    "with_prior_preservation", "center_crop", "random_flip", "train_text_encoder", "gradient_checkpointing", "scale_lr",
+    "use_8bit_adam", "allow_tf32", "offset_noise", "push_to_hub", "pre_compute_text_embeddings",
+    "enable_xformers_memory_efficient_attention", "set_grads_to_none",
+)  # fmt: skip
+SILENT = {
+    "validation_epochs": "10", "dataloader_num_workers": "2", "report_to": "wandb", "logging_dir": "elsewhere",
+    "local_rank": "0", "pre_compute_text_embeddings": None, "enable_xformers_memory_efficient_attention": None,
+    "set_grads_to_none": None, "use_8bit_adam": None,
+}  # fmt: skip
+
+
+def test_flags_have_the_defaults_of_train_dreambooth():
+    defaults = vars(train.parse([]))
+    expected = {name: default for name, (default, _, _) in VALUES.items()} | dict.fromkeys(SWITCHES, False)
+    assert {name: defaults[name] for name in expected} == expected
+    assert {name: type(defaults[name]) for name in expected} == {name: type(value) for name, value in expected.items()}
+
+
+@pytest.mark.parametrize("spelled", [lambda name: name, lambda name: name.replace("_", "-")], ids=["_", "-"])
+@pytest.mark.parametrize("joined", [True, False], ids=["=", "space"])
+def test_flags_are_read_in_either_spelling(spelled, joined):
+    words = [f"--{spelled(name)}" for name in SWITCHES]
+    for name, (_, word, _) in VALUES.items():
+        words += [f"--{spelled(name)}={word}"] if joined else [f"--{spelled(name)}", word]
+    settings = vars(train.parse(words))
+    expected = {name: value for name, (_, _, value) in VALUES.items()} | dict.fromkeys(SWITCHES, True)
+    assert {name: settings[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_a_flag_without_effect_prints_one_note(name, tmp_path, capsys):
+    word = SILENT[name]
+    assert run(flags(small(tmp_path, max_train_steps=1)) + [f"--{name}" if word is None else f"--{name}={word}"]) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["note"]]
+    assert len(notes) == 1 and f"--{name}" in notes[0]
+
+
+def test_help_explains_every_flag(capsys):
+    assert run(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"--{name}" in text for name in (*VALUES, *SWITCHES, *SILENT))
+
+
+# ---- the commands of diffusers' README
+
+README = {
+    "dog toy": """
+        accelerate launch train_dreambooth.py \
+          --pretrained_model_name_or_path=$MODEL_NAME  \
+          --instance_data_dir=$INSTANCE_DIR \
+          --output_dir=$OUTPUT_DIR \
+          --instance_prompt="a photo of sks dog" \
+          --resolution=512 \
+          --train_batch_size=1 \
+          --gradient_accumulation_steps=1 \
+          --learning_rate=5e-6 \
+          --lr_scheduler="constant" \
+          --lr_warmup_steps=0 \
+          --max_train_steps=400""",
+    "12 GB": """
+        accelerate launch train_dreambooth.py \
+          --pretrained_model_name_or_path=$MODEL_NAME  \
+          --instance_data_dir=$INSTANCE_DIR \
+          --class_data_dir=$CLASS_DIR \
+          --output_dir=$OUTPUT_DIR \
+          --with_prior_preservation --prior_loss_weight=1.0 \
+          --instance_prompt="a photo of sks dog" \
+          --class_prompt="a photo of dog" \
+          --resolution=512 \
+          --train_batch_size=1 \
+          --gradient_accumulation_steps=1 --gradient_checkpointing \
+          --use_8bit_adam \
+          --enable_xformers_memory_efficient_attention \
+          --set_grads_to_none \
+          --learning_rate=2e-6 \
+          --lr_scheduler="constant" \
+          --lr_warmup_steps=0 \
+          --num_class_images=200 \
+          --max_train_steps=800""",
+    "text encoder": """
+        accelerate launch train_dreambooth.py \
+          --pretrained_model_name_or_path=$MODEL_NAME  \
+          --train_text_encoder \
+          --instance_data_dir=$INSTANCE_DIR \
+          --class_data_dir=$CLASS_DIR \
+          --output_dir=$OUTPUT_DIR \
+          --with_prior_preservation --prior_loss_weight=1.0 \
+          --instance_prompt="a photo of sks dog" \
+          --class_prompt="a photo of dog" \
+          --resolution=512 \
+          --train_batch_size=1 \
+          --use_8bit_adam \
+          --gradient_checkpointing \
+          --learning_rate=2e-6 \
+          --lr_scheduler="constant" \
+          --lr_warmup_steps=0 \
+          --num_class_images=200 \
+          --max_train_steps=800""",
+}
+SMALLER = ["--resolution=64", "--num_class_images=3", "--max_train_steps=2"]  # of two, the later one counts
+
+
+@pytest.mark.parametrize("name", README)
+def test_the_commands_of_diffusers_readme_run_as_they_stand(name, tmp_path, sd1, monkeypatch, capsys):
+    monkeypatch.setenv("MODEL_NAME", str(sd1))
+    monkeypatch.setenv("INSTANCE_DIR", str(photographs(tmp_path / "dog", count=5)))
+    monkeypatch.setenv("CLASS_DIR", str(tmp_path / "class"))
+    monkeypatch.setenv("OUTPUT_DIR", str(tmp_path / "model"))
+    words = shlex.split(os.path.expandvars(README[name]))
+    assert words[:3] == ["accelerate", "launch", "train_dreambooth.py"]
+    assert run(words[3:] + SMALLER) == 0
+    before, after = weights(sd1), weights(tmp_path / "model")
+    moved = {
+        network for network in ("unet", "text_encoder", "vae") if not same_bits(only(after, network), only(before, network))
+    }
+    assert after.keys() == before.keys()
+    assert moved == ({"unet", "text_encoder"} if name == "text encoder" else {"unet"})
+    assert len([*tmp_path.glob("class/drawn-*/*.png")]) == (0 if name == "dog toy" else 3)
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last.endswith(f'python -m minibooth.generate --model {tmp_path / "model"} --prompt "a photo of sks dog in the snow"')
+
+
+# ---- what is left
+
+
+@pytest.mark.parametrize("train_text_encoder", [False, True])
+def test_diffusers_opens_the_result_and_draws(train_text_encoder, tmp_path, checkpoint):
+    diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+    settings = small(tmp_path, checkpoint, max_train_steps=1, train_text_encoder=train_text_encoder)
+    assert run(flags(settings)) == 0
+    after = weights(tmp_path / "output")
+    kinds = {
+        "unet": diffusers.UNet2DConditionModel,
+        "vae": diffusers.AutoencoderKL,
+        "text_encoder": transformers.CLIPTextModel,
+    }
+    for name, kind in kinds.items():
+        network, told = kind.from_pretrained(tmp_path / "output", subfolder=name, output_loading_info=True)
+        assert not told["missing_keys"] and not told["unexpected_keys"]
+        if name != "text_encoder":  # transformers 5 names its tensors otherwise
+            assert same_bits({f"{name}/{key}": x for key, x in network.state_dict().items()}, only(after, name))
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "output")
+    pipe.set_progress_bar_config(disable=True)
+    picture = pipe("a photo of sks dog", num_inference_steps=2, height=64, width=64).images[0]
+    assert picture.size == (64, 64)
+
+
+def test_run_json_repeats_the_run(tmp_path, capsys):
+    """Also where the seed was drawn by lot."""
+    settings = small(tmp_path, seed=None, instance_prompt='sks\'s "dog"', random_flip=True, snr_gamma=5.0, max_train_steps=3)
+    assert run(flags(settings)) == 0
+    told = json.loads((tmp_path / "output" / "run.json").read_text())
+    words = shlex.split(told["command"])
+    assert words[:3] == ["python", "-m", "minibooth.train"]
+    assert vars(train.parse(words[3:])) == told["settings"]
+    assert told["versions"]["torch"] == torch.__version__
+    assert run([*words[3:], f"--output_dir={tmp_path / 'again'}"]) == 0
+    assert same_bits(weights(tmp_path / "again"), weights(tmp_path / "output"))
+
+
+def test_two_seeds_make_two_models(tmp_path):
+    for name in ("one", "two"):
+        assert run(flags(small(tmp_path, seed=None, max_train_steps=1, output_dir=str(tmp_path / name)))) == 0
+    assert not same_bits(weights(tmp_path / "one"), weights(tmp_path / "two"))
+
+
+# ---- mistakes
+
+
+def broken_picture(folder: Path) -> None:
+    (folder / "photographs" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 and no more")
+
+
+def another_run(folder: Path) -> None:
+    (folder / "output").mkdir()
+    (folder / "output" / "run.json").write_text("{}")
+
+
+def file_as_output(folder: Path) -> None:
+    (folder / "output").write_text("")
+
+
+def pickle(folder: Path) -> None:
+    (folder / "model.ckpt").write_bytes(b"\x80\x02")
+
+
+def empty(folder: Path) -> None:
+    (folder / "empty").mkdir()
+    (folder / "empty" / ".DS_Store").write_bytes(b"")
+
+
+def broken_class_picture(folder: Path) -> None:
+    photographs(folder / "class", count=1)
+    (folder / "class" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+
+
+CLASS = ["--with_prior_preservation", "--class_prompt=a dog", "--class_data_dir={}/class"]
+MISTAKES = {
+    "no model": (["--pretrained_model_name_or_path={}/nowhere"], None, "nowhere is missing"),
+    "not a model": (["--pretrained_model_name_or_path={}/photographs"], None, "model_index.json"),
+    "a pickle": (["--pretrained_model_name_or_path={}/model.ckpt"], pickle, "convert it to safetensors"),
+    "no photographs": (["--instance_data_dir={}/nowhere"], None, "no such folder of pictures: {}/nowhere"),
+    "an empty folder": (["--instance_data_dir={}/empty"], empty, "no picture in {}/empty"),
+    "a broken picture": ([], broken_picture, "cannot read picture {}/photographs/broken.jpg"),
+    "a broken class picture": (CLASS, broken_class_picture, "cannot read picture {}/class/broken.png"),
+    "no prompt": (["--instance_prompt="], None, "--instance_prompt is missing"),
+    "no class prompt": (["--with_prior_preservation"], None, "--class_prompt"),
+    "an odd resolution": (["--resolution=60"], None, "--resolution 60 is not divisible by 8"),
+    "a negative resolution": (["--resolution=-64"], None, "--resolution -64"),
+    "another run": ([], another_run, "already holds another run"),
+    "a file as output": ([], file_as_output, "--output_dir {}/output is a file"),
+    "a missing checkpoint": (["--resume_from_checkpoint=checkpoint-7"], None, "checkpoint-7: no such checkpoint"),
+    "an unknown device": (["--device=tpu"], None, "--device tpu"),
+    "an unknown choice": (["--lr_scheduler=cosin"], None, "cosine"),
+    "an unknown flag": (["--learningrate=1"], None, "--learningrate"),
+    "an abbreviated flag": (["--learning=1"], None, "--learning"),
+    "no number": (["--max_train_steps=many"], None, "--max_train_steps"),
+    "no value": (["--seed"], None, "--seed"),
+    "an empty batch": (["--train_batch_size=0"], None, "--train_batch_size 0 is less than 1"),
+    "endless warm-up": (["--lr_scheduler=cosine"], None, "--lr_warmup_steps 500 leaves nothing of 5 steps"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_told_in_one_line_before_anything_is_done(name, tmp_path, capsys):
+    words, prepare, told = MISTAKES[name]
+    settings = small(tmp_path)
+    if prepare:
+        prepare(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert run(flags(settings) + [word.format(tmp_path) for word in words]) == 2
+    out, err = capsys.readouterr()
+    assert re.fullmatch("minibooth.train: error: .*\n", err)
+    assert told.format(tmp_path) in err
+    assert out == ""
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["no photographs", "an unknown choice"])
+def test_a_mistake_ends_the_process_with_status_2(name, tmp_path):
+    words, _, told = MISTAKES[name]
+    given = flags(small(tmp_path)) + [word.format(tmp_path) for word in words]
+    done = subprocess.run([sys.executable, "-m", "minibooth.train", *given], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch("minibooth.train: error: .*\n", done.stderr)
+    assert told.format(tmp_path) in done.stderr
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path, capsys, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device", "unet")
+
+    monkeypatch.setattr(trainer_module.Trainer, "save_checkpoint", full)
+    assert run(flags(small(tmp_path, checkpointing_steps=1))) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "minibooth.train: error: No space left on device: unet"
+
+
+def test_settings_are_all_flags():
+    assert vars(train.parse([])) == vars(Settings())

@@ -1,0 +1,450 @@
+"""A run repeats itself bit for bit, however often it is stopped, watched or cut into smaller batches."""
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from small_run import flags, metrics, only, same_bits, small, tiny, train, trainer, weights, with_class
+
+import minibooth
+from minibooth.dreambooth import trainer as module
+from minibooth.dreambooth.settings import Settings
+from minibooth.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def few_drawing_steps(monkeypatch):
+    monkeypatch.setitem(module.VALIDATION, "steps", 2)
+
+
+# ---- stopped and resumed
+
+RUNS = {
+    "unet": {},
+    "text encoder": {"train_text_encoder": True, "text_encoder_lr": 1e-4},
+    "prior": {"prior_loss_weight": 0.5},
+    "accumulation": {"train_batch_size": 1, "gradient_accumulation_steps": 3},
+    "flips, offset and min-SNR": {"random_flip": True, "offset_noise": True, "snr_gamma": 5.0},
+    "crops on the fly": {"crops_per_image": 0, "random_flip": True},
+    "decaying rate": {"lr_scheduler": "cosine_with_restarts", "lr_warmup_steps": 1, "lr_num_cycles": 2},
+    "all": {
+        "train_text_encoder": True, "train_batch_size": 1, "gradient_accumulation_steps": 2, "random_flip": True,
+        "offset_noise": True, "snr_gamma": 5.0, "gradient_checkpointing": True, "validation_prompt": "a sks dog",
+        "validation_steps": 2, "num_validation_images": 1, "lr_scheduler": "polynomial", "lr_warmup_steps": 2,
+    },
+}  # fmt: skip
+
+
+def stopped_after(output: Path, step: int, name: str) -> Path:
+    """A copy of a whole run's folder, as if it had been killed while it wrote the metrics some time after `step`."""
+    copy = output.with_name(name)
+    shutil.copytree(output, copy)
+    for path in copy.iterdir():
+        number = path.name.removeprefix("checkpoint-")
+        if path.is_dir() and not (number.isdigit() and int(number) <= step):
+            shutil.rmtree(path)
+    (copy / "model_index.json").unlink()
+    lines = (copy / "metrics.jsonl").read_text().splitlines()
+    (copy / "metrics.jsonl").write_text("\n".join(lines[: step + 1]) + "\n" + lines[step + 1][:10])
+    return copy
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_resumed_run_ends_in_the_bits_of_one_never_stopped(name, tmp_path):
+    prior = with_class(tmp_path) if name in ("prior", "all") else {}
+    changes = RUNS[name] | prior | {"checkpointing_steps": 2}
+    whole = train(small(tmp_path, **changes))
+    assert [line["step"] for line in metrics(whole)] == [1, 2, 3, 4, 5]
+    stopped = stopped_after(whole, step=2, name="stopped")
+    changes |= {"output_dir": str(stopped), "resume_from_checkpoint": "latest", "seed": None}
+    assert same_bits(weights(train(small(tmp_path, **changes))), weights(whole))
+    assert metrics(stopped) == metrics(whole)
+    assert same_bits(weights(stopped / "checkpoint-4"), weights(whole / "checkpoint-4"))
+
+
+def test_a_checkpoint_can_be_named(tmp_path):
+    whole = train(small(tmp_path, checkpointing_steps=1))
+    for i, asked in enumerate(("checkpoint-3", str(whole / "checkpoint-3"))):
+        stopped = stopped_after(whole, step=3, name=f"stopped-{i}")
+        settings = small(tmp_path, output_dir=str(stopped), resume_from_checkpoint=asked)
+        assert trainer(settings).start == 3
+        assert same_bits(weights(train(settings)), weights(whole))
+    settings.resume_from_checkpoint = "checkpoint-9"
+    with pytest.raises(UserError, match="checkpoint-9: no such checkpoint"):
+        trainer(settings)
+
+
+def test_latest_without_a_checkpoint_begins_at_the_beginning(tmp_path):
+    whole = train(small(tmp_path))
+    again = small(tmp_path, output_dir=str(tmp_path / "again"), resume_from_checkpoint="latest")
+    assert same_bits(weights(train(again)), weights(whole))
+
+
+def test_a_finished_run_resumes_to_itself(tmp_path):
+    settings = small(tmp_path, checkpointing_steps=5)
+    whole = weights(train(settings))
+    settings.resume_from_checkpoint = "latest"
+    assert same_bits(weights(train(settings)), whole)
+    assert len(metrics(Path(settings.output_dir))) == 5
+
+
+# ---- stopped from outside, as a process
+
+
+def start(settings: Settings) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(
+        [sys.executable, "-m", "minibooth.train", *flags(settings)], cwd=REPOSITORY, env=environment, **pipes
+    )
+
+
+def wait_for_steps(process: subprocess.Popen, output: Path, count: int) -> None:
+    """Until `count` steps are in the metrics."""
+    file, deadline = output / "metrics.jsonl", time.monotonic() + 120
+    while not (file.exists() and file.read_text().count("\n") >= count):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def never_stopped(tmp_path_factory) -> Settings:
+    """A finished run of 40 steps."""
+    folder = tmp_path_factory.mktemp("never-stopped")
+    settings = small(folder, max_train_steps=40)
+    train(settings)
+    return settings
+
+
+@pytest.mark.parametrize("name, every", [("SIGKILL", 1), ("SIGINT", 15)])
+def test_a_run_stopped_at_any_moment_can_go_on(name, every, never_stopped, tmp_path):
+    changes = {"output_dir": str(tmp_path / "output"), "checkpointing_steps": every, "checkpoints_total_limit": 2}
+    settings = Settings(**vars(never_stopped) | changes)
+    output = Path(settings.output_dir)
+    moment = random.randint(1, 10), random.uniform(0, 0.2)
+    print("stopped after", moment)
+    with start(settings) as process:
+        wait_for_steps(process, output, moment[0])
+        time.sleep(moment[1])
+        process.send_signal(signal.Signals[name])
+        out, err = process.communicate(timeout=60)
+    steps = len((output / "metrics.jsonl").read_text().splitlines())
+    assert moment[0] <= steps < 40 and not (output / "unet").exists()
+    if name == "SIGINT":
+        assert process.returncode == 130
+        assert (output / f"checkpoint-{steps}").is_dir()
+        last = err.splitlines()[-1]
+        assert last.startswith("minibooth.train: interrupted")
+        assert "--resume_from_checkpoint latest" in last and f"step {steps}" in last
+        assert "Traceback" not in err
+    else:
+        assert process.returncode == -signal.SIGKILL
+
+    settings.resume_from_checkpoint = "latest"
+    assert trainer(settings).start in (steps - 1, steps)
+    train(settings)
+    assert same_bits(weights(output), weights(Path(never_stopped.output_dir)))
+    assert metrics(output) == metrics(Path(never_stopped.output_dir))
+
+
+# ---- checkpoints
+
+
+def checkpoints(output: Path) -> list[str]:
+    return sorted(path.name for path in output.iterdir() if "checkpoint" in path.name)
+
+
+@pytest.mark.parametrize("limit, kept", [(None, 5), (1, 1), (2, 2), (9, 5)])
+def test_the_newest_checkpoints_are_kept(limit, kept, tmp_path):
+    output = train(small(tmp_path, checkpointing_steps=1, checkpoints_total_limit=limit))
+    assert checkpoints(output) == [f"checkpoint-{step}" for step in range(6 - kept, 6)]
+
+
+def test_checkpoints_are_ordered_by_number(tmp_path):
+    output = train(small(tmp_path, max_train_steps=11, checkpointing_steps=1, checkpoints_total_limit=2))
+    assert checkpoints(output) == ["checkpoint-10", "checkpoint-11"]
+
+
+def test_a_crash_while_a_checkpoint_is_written_leaves_the_earlier_one(tmp_path, monkeypatch):
+    settings = small(tmp_path, checkpointing_steps=2, checkpoints_total_limit=1)
+    whole = weights(train(Settings(**vars(settings) | {"output_dir": str(tmp_path / "whole")})))
+    moments, calls = module.moments, []
+
+    def full_disk(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return moments(*args)
+
+    monkeypatch.setattr(module, "moments", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        train(settings)
+    output = Path(settings.output_dir)
+    assert checkpoints(output) == ["checkpoint-2"]
+    settings.resume_from_checkpoint = "latest"
+    assert same_bits(weights(train(settings)), whole)
+    assert checkpoints(output) == ["checkpoint-4"]
+
+
+# ---- what must make no difference
+
+
+def test_validation_changes_nothing_but_draws(tmp_path):
+    plain = train(small(tmp_path, output_dir=str(tmp_path / "plain")))
+    changes = {"validation_prompt": "a sks dog on the moon", "validation_steps": 2, "num_validation_images": 3}
+    watched = train(small(tmp_path, **changes))
+    assert same_bits(weights(watched), weights(plain))
+    assert metrics(watched) == metrics(plain)
+    assert not (plain / "samples").exists()
+    samples = {path.name: Image.open(path) for path in (watched / "samples").iterdir()}
+    assert samples.keys() == {f"step-{step}.png" for step in (0, 2, 4, 5)}
+    assert {image.size for image in samples.values()} == {(3 * 64 + 2 * 4, 64)}
+    assert samples["step-4.png"].text == {"prompt": "a sks dog on the moon", "step": "4", "seed": "7"}
+    assert samples["step-0.png"].tobytes() != samples["step-5.png"].tobytes()
+
+
+@pytest.mark.parametrize("train_text_encoder", [False, True])
+def test_samples_start_from_the_same_noise_each_time(train_text_encoder, tmp_path):
+    """So that with a learning rate of 0 all are the same picture."""
+    changes = {"validation_prompt": "a sks dog", "validation_steps": 1, "max_train_steps": 2, "learning_rate": 0.0}
+    output = train(small(tmp_path, train_text_encoder=train_text_encoder, **changes))
+    assert len({Image.open(output / "samples" / f"step-{step}.png").tobytes() for step in (0, 1, 2)}) == 1
+
+
+def test_the_global_random_state_is_left_alone(tmp_path):
+    state = torch.get_rng_state()
+    changes = RUNS["all"] | {"with_prior_preservation": True, "class_prompt": "a photo of dog", "num_class_images": 1}
+    train(small(tmp_path, **changes | {"max_train_steps": 3}))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def gradients(settings: Settings) -> dict[str, torch.Tensor]:
+    """Of the third step."""
+    run = trainer(settings)
+    run.prepare()
+    run.optimizer.zero_grad = lambda **options: None
+    run.step(2)
+    return {f"{name}.{key}": p.grad for name, network in run.trained.items() for key, p in network.named_parameters()}
+
+
+@pytest.mark.parametrize("prior", [False, True])
+def test_two_batches_of_one_have_the_gradient_of_one_batch_of_two(prior, tmp_path):
+    changes = {"max_grad_norm": 0.0, "train_text_encoder": True} | (with_class(tmp_path) if prior else {})
+    one = gradients(small(tmp_path, train_batch_size=2, **changes))
+    two = gradients(small(tmp_path, train_batch_size=1, gradient_accumulation_steps=2, **changes))
+    scale = max(gradient.abs().max() for gradient in one.values())
+    assert scale > 0
+    assert max((one[name] - two[name]).abs().max() for name in one) < 1e-5 * scale
+
+
+def test_gradient_checkpointing_changes_memory_alone(tmp_path):
+    def kept(settings: Settings) -> int:
+        """Bytes that the first step's forward pass keeps for the backward pass."""
+        run, sizes = trainer(settings), []
+        run.prepare()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.nbytes) or x, lambda x: x):
+            run.losses(0)
+        return sum(sizes)
+
+    changes = {"train_text_encoder": True, "max_train_steps": 3}
+    plain = small(tmp_path, output_dir=str(tmp_path / "plain"), **changes)
+    thrifty = small(tmp_path, gradient_checkpointing=True, **changes)
+    assert kept(thrifty) < 0.5 * kept(plain)
+    expected, found = weights(train(plain)), weights(train(thrifty))
+    assert expected.keys() == found.keys()
+    assert max((expected[name] - found[name]).abs().max() for name in expected) < 1e-6
+
+
+# ---- what trains, and in which precision
+
+
+@pytest.mark.parametrize("train_text_encoder", [False, True])
+def test_what_does_not_train_comes_back_bit_for_bit(train_text_encoder, tmp_path, checkpoint):
+    before = weights(checkpoint)
+    after = weights(train(small(tmp_path, checkpoint, train_text_encoder=train_text_encoder, max_train_steps=2)))
+    assert same_bits(only(after, "vae"), only(before, "vae"))
+    assert same_bits(only(after, "text_encoder"), only(before, "text_encoder")) != train_text_encoder
+    trained = only(before, "unet", *["text_encoder"] * train_text_encoder)
+    still = {name for name in trained if torch.equal(after[name], before[name])}
+    assert not still - {name for name in still if name.endswith("k_proj.bias")}  # softmax does not feel those
+
+
+def test_the_text_encoder_has_a_learning_rate_of_its_own(tmp_path):
+    output = train(small(tmp_path, train_text_encoder=True, text_encoder_lr=0.0, max_train_steps=2))
+    before, after = weights(tiny()), weights(output)
+    assert same_bits(only(after, "text_encoder"), only(before, "text_encoder"))
+    assert not same_bits(only(after, "unet"), only(before, "unet"))
+
+
+def test_networks_leave_memory_once_they_have_done_their_part(tmp_path):
+    run = trainer(small(tmp_path))
+    frozen = [weakref.ref(run.pipe.vae), weakref.ref(run.pipe.text_encoder)]
+    run.prepare()
+    assert [reference() for reference in frozen] == [None, None]
+    assert not any(tensor.requires_grad for tensor in (run.context, run.sets[0][0].mean))
+
+
+def test_mixed_precision_keeps_masters_in_fp32(tmp_path):
+    changes = {"checkpointing_steps": 3, "max_train_steps": 3, "validation_prompt": "a dog", "validation_steps": 3}
+    output = train(small(tmp_path, train_text_encoder=True, **changes), torch.bfloat16)
+    masters, moments = weights(output / "checkpoint-3"), load_file(output / "checkpoint-3" / "optimizer.safetensors")
+    for tensors in (masters, moments):
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+        assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in tensors.values())
+    assert same_bits(only(weights(output), "unet", "text_encoder"), masters)
+    assert same_bits(only(weights(output), "vae"), only(weights(tiny()), "vae"))
+
+
+def test_bf16_computes_in_bf16(tmp_path):
+    first = [
+        trained_losses(small(tmp_path, output_dir=str(tmp_path / str(dtype))), dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    assert first[0] != first[1]
+    assert first[1] == pytest.approx(first[0], rel=0.05)
+
+
+def trained_losses(settings: Settings, dtype: torch.dtype) -> list[float]:
+    return [line["loss"] for line in metrics(train(settings, dtype))]
+
+
+def test_fp16_scales_the_loss_and_resumes(tmp_path):
+    """Its first steps may be skipped, so that there are no moments yet."""
+    settings = small(tmp_path, checkpointing_steps=1, max_train_steps=3)
+    whole = train(settings, torch.float16)
+    scale = json.loads((whole / "checkpoint-1" / "state.json").read_text())["scaler"]["scale"]
+    assert scale > 1
+    stopped = stopped_after(whole, step=1, name="stopped")
+    settings.output_dir, settings.resume_from_checkpoint = str(stopped), "latest"
+    assert same_bits(weights(train(settings, torch.float16)), weights(whole))
+
+
+def test_a_half_precision_file_comes_back_as_one(tmp_path, copy_of):
+    model = copy_of(tiny())
+    for path in model.glob("*/*.safetensors"):
+        save_file({name: x.half() for name, x in load_file(path).items()}, path, metadata={"format": "pt"})
+    output = train(small(tmp_path, model, checkpointing_steps=5))
+    before, after, masters = weights(model), weights(output), weights(output / "checkpoint-5")
+    assert {tensor.dtype for tensor in after.values()} == {torch.float16}
+    assert {tensor.dtype for tensor in masters.values()} == {torch.float32}
+    assert same_bits(only(after, "vae", "text_encoder"), only(before, "vae", "text_encoder"))
+    assert same_bits(only(after, "unet"), {name: tensor.half() for name, tensor in masters.items()})
+    assert not same_bits(only(after, "unet"), only(before, "unet"))
+
+
+# ---- the loss
+
+
+def test_the_loss_on_a_fixed_set_goes_down(tmp_path):
+    settings = small(tmp_path, max_train_steps=40, crops_per_image=1, learning_rate=2e-3)
+
+    @torch.no_grad()
+    def loss(model: Path) -> float:
+        run = trainer(small(tmp_path, model, crops_per_image=1, output_dir=str(tmp_path / "nothing")))
+        run.prepare()
+        return sum(run.losses(batch)["loss"].item() for batch in range(1000, 1008)) / 8
+
+    before = loss(tiny())
+    assert loss(train(settings)) < 0.8 * before
+
+
+def test_metrics_tell_the_parts_of_the_loss(tmp_path):
+    changes = with_class(tmp_path) | {"prior_loss_weight": 0.25, "lr_scheduler": "linear", "lr_warmup_steps": 0}
+    lines = metrics(train(small(tmp_path, max_train_steps=4, **changes)))
+    assert all(line.keys() == {"step", "loss", "subject", "prior", "lr"} for line in lines)
+    assert [line["loss"] for line in lines] == pytest.approx([line["subject"] + 0.25 * line["prior"] for line in lines])
+    assert all(line["prior"] > 0 for line in lines)
+    assert [line["lr"] for line in lines] == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+
+
+def test_a_loss_that_explodes_stops_the_run(tmp_path):
+    """Naming the step, and the last checkpoint whose weights a loss was finite with."""
+    with pytest.raises(UserError, match=r"loss is (nan|inf) at step 2.*no good checkpoint") as error:
+        train(small(tmp_path, learning_rate=1e30, checkpointing_steps=1))
+    assert "--learning_rate" in str(error.value)
+
+    changes = {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 2, "output_dir": str(tmp_path / "second")}
+    settings = small(tmp_path, learning_rate=2e30, checkpointing_steps=1, **changes)
+    with pytest.raises(UserError, match=r"at step 3.*last good checkpoint is \S*checkpoint-1"):  # the first step's rate is 0
+        train(settings)
+    assert not (tmp_path / "second" / "unet").exists()
+
+
+# ---- samples
+
+
+def test_a_sample_depends_on_the_seed_and_its_number_alone(tmp_path):
+    """And no two share their noise: neither two of a batch, nor a subject and a class picture, nor two seeds."""
+
+    def samples(**changes) -> list[tuple]:
+        run = trainer(small(tmp_path, **with_class(tmp_path) | changes))
+        run.prepare()
+        return [run.sample(latents, n) for latents in run.sets for n in range(6)]
+
+    first = samples()
+    again = samples(train_batch_size=1, gradient_accumulation_steps=2, max_train_steps=50)
+    assert all(torch.equal(a, b) for one, other in zip(first, again, strict=True) for a, b in zip(one, other, strict=True))
+    noises = [noise for _, noise, _ in first + samples(seed=8)]
+    assert len({tuple(noise.flatten().tolist()) for noise in noises}) == len(noises)
+    timesteps = [t.item() for _, _, t in first]
+    assert len(set(timesteps)) > 6 and min(timesteps) >= 0 and max(timesteps) < 1000
+
+
+def test_offset_noise_adds_a_tenth_of_a_constant_per_channel(tmp_path):
+    runs = [trainer(small(tmp_path, offset_noise=on, max_train_steps=50)) for on in (False, True)]
+    for run in runs:
+        run.prepare()
+    offsets = []
+    for n in range(100):
+        (x0, plain, t), (same_x0, noise, same_t) = (run.sample(run.sets[0], n) for run in runs)
+        assert torch.equal(x0, same_x0) and torch.equal(t, same_t)
+        offset = noise - plain
+        assert torch.allclose(offset, offset.mean((2, 3), keepdim=True).expand_as(offset), atol=1e-6)
+        offsets.append(offset[0, :, 0, 0])
+    assert torch.stack(offsets).std().item() == pytest.approx(0.1, rel=0.15)
+
+
+def test_epochs_count_the_larger_set(tmp_path):
+    changes = {"max_train_steps": None, "num_train_epochs": 3, "train_batch_size": 1, "gradient_accumulation_steps": 2}
+    assert trainer(small(tmp_path, **changes)).steps == 3 * 2  # three pictures, two a step
+    prior = with_class(tmp_path) | {"num_class_images": 9}
+    assert trainer(small(tmp_path, **changes | prior)).steps == 3 * 5
+
+
+def test_the_rate_can_be_scaled_with_the_batch(tmp_path):
+    changes = {"scale_lr": True, "train_batch_size": 2, "gradient_accumulation_steps": 3, "max_train_steps": 1}
+    assert metrics(train(small(tmp_path, **changes)))[0]["lr"] == pytest.approx(6e-3)
+
+
+def test_the_summary_tells_what_will_run(tmp_path):
+    run = trainer(small(tmp_path, report_to="wandb", **with_class(tmp_path) | {"num_class_images": 9}))
+    (tmp_path / "photographs" / ".DS_Store").write_bytes(b"not a picture")
+    run = trainer(run.settings)
+    told = run.summary()
+    text = "\n".join(f"{name} {value}" for name, value in told)
+    parameters = sum(p.numel() for p in minibooth.load(tiny()).unet.parameters()) / 1e6
+    for part in (
+        f"{parameters:.1f} M",
+        "subject 3 pictures",
+        "class 9 pictures",
+        "5 of them",
+        "0 to 5",
+        ".DS_Store",
+        "report_to",
+    ):
+        assert part in text
