@@ -12,8 +12,8 @@ PROMPTS, NEGATIVES = ["a photo of sks dog", "a cat"], ["", "dog"]
 SAMPLERS = {
     "ddim": ("DDIMScheduler", {"clip_sample": False}),  # not PNDM's key, and True where it is missing
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "euler": ("EulerDiscreteScheduler", {"timestep_spacing": "leading"}),  # what PNDM means by leaving it out
-    "dpmpp_2m": ("DPMSolverMultistepScheduler", {"timestep_spacing": "leading"}),
+    "euler": ("EulerDiscreteScheduler", {}),  # linspace, since the folders do not name a spacing
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
 }
 
 

@@ -180,6 +180,14 @@ def test_checkpoints_are_ordered_by_number(tmp_path):
     assert checkpoints(output) == ["checkpoint-10", "checkpoint-11"]
 
 
+def test_what_a_killed_run_left_half_written_is_cleared_away(tmp_path):
+    half = tmp_path / "output" / ".checkpoint-2.x1y2z3" / "new"
+    half.mkdir(parents=True)
+    (half / "optimizer.safetensors").write_bytes(b"half")
+    output = train(small(tmp_path, max_train_steps=1, resume_from_checkpoint="latest"))
+    assert not checkpoints(output)
+
+
 def test_a_crash_while_a_checkpoint_is_written_leaves_the_earlier_one(tmp_path, monkeypatch):
     settings = small(tmp_path, checkpointing_steps=2, checkpoints_total_limit=1)
     whole = weights(train(Settings(**vars(settings) | {"output_dir": str(tmp_path / "whole")})))
@@ -321,6 +329,14 @@ def test_bf16_computes_in_bf16(tmp_path):
 
 def trained_losses(settings: Settings, dtype: torch.dtype) -> list[float]:
     return [line["loss"] for line in metrics(train(settings, dtype))]
+
+
+def test_a_run_may_go_on_in_another_precision(tmp_path):
+    whole = train(small(tmp_path, checkpointing_steps=2, max_train_steps=3))
+    for dtype in (torch.float16, torch.bfloat16):
+        stopped = stopped_after(whole, step=2, name=f"{dtype}")
+        settings = small(tmp_path, output_dir=str(stopped), max_train_steps=3, resume_from_checkpoint="latest")
+        assert [line["step"] for line in metrics(train(settings, dtype))] == [1, 2, 3]
 
 
 def test_fp16_scales_the_loss_and_resumes(tmp_path):

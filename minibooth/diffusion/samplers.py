@@ -157,6 +157,9 @@ SAMPLERS: dict[str, Callable[..., Iterator[Tensor]]] = {
     "ddpm": ddpm, "ddim": ddim, "pndm": pndm, "euler": euler, "euler_a": euler_a, "dpmpp_2m": dpmpp_2m,
 }  # fmt: skip
 
+# Where the steps go if the schedule's file does not say: as in diffusers, some samplers spread them from end to end.
+SPACING = dict.fromkeys(SAMPLERS, "leading") | dict.fromkeys(("euler", "euler_a", "dpmpp_2m"), "linspace")
+
 
 def calls(sampler: str, steps: int) -> int:
     """How many times `sampler` asks the network, and yields: steps, or one more for pndm."""
@@ -177,6 +180,8 @@ def trajectory(
         raise UserError(f"no sampler is named {sampler!r}; there are {', '.join(SAMPLERS)}")
     if eta and sampler != "ddim":
         raise UserError(f"eta={eta} is ddim's; {sampler} has none")
+    if "timestep_spacing" not in scheduler.config:
+        scheduler = DDPMScheduler.from_config(scheduler.config | {"timestep_spacing": SPACING[sampler]})
 
     def noise() -> Tensor:
         return gaussian(x.shape, generator, x.device, x.dtype)
@@ -199,7 +204,7 @@ def sample(
     predict(x, t): what the network predicts, epsilon or v as `scheduler.prediction_type` says, from x scaled for it and
     t [B]: int64, or float32 in euler and euler_a, where linspace makes it fractional. Its result is cast to x's dtype,
     so float32 noise and a half-precision network go together. steps: 1 to the schedule's length, placed by the
-    scheduler's `timestep_spacing`. generator, where noise is drawn: None, one, or one per sample (see `gaussian`).
+    scheduler's `timestep_spacing`, or by SPACING where its file leaves that out. generator, where noise is drawn: None, one, or one per sample (see `gaussian`).
     eta: ddim's, from 0 to 1. Raises UserError for an unknown sampler and for what the sampler cannot do.
     """
     return deque(trajectory(predict, x, scheduler, steps, sampler, generator, eta), maxlen=1).pop()

@@ -9,7 +9,7 @@ from minibooth.checkpoint import files
 from minibooth.dreambooth.settings import Settings
 from minibooth.errors import UserError
 
-NOT_UPLOADED = ["checkpoint-*", "class/*", "run.json", "metrics.jsonl"]
+NOT_UPLOADED = [".*", "checkpoint-*", "class/*", "run.json", "metrics.jsonl"]
 CARD = """---
 library_name: diffusers
 {base}instance_prompt: {quoted_prompt}
@@ -47,7 +47,7 @@ def model_card(settings: Settings, name: str) -> str:
 
 
 def push(settings: Settings) -> str:
-    """Upload --output_dir to --hub_model_id, made if need be. Returns its address. Raises UserError where the hub refuses."""
+    """Upload --output_dir to --hub_model_id, made if need be; returns its address. Raises UserError if that fails."""
     folder = Path(settings.output_dir)
     api = huggingface_hub.HfApi(token=settings.hub_token)
     try:

@@ -35,7 +35,7 @@ class Journal:
                 raise UserError(f"{self.folder} already holds another run ({taken}); {remedy}")
 
     def open(self, step: int) -> None:
-        """Write run.json and drop the metrics of steps that will be done again."""
+        """Write run.json; drop the metrics of steps that will be done again, and checkpoints that a killed run left half."""
         settings = dataclasses.asdict(self.settings) | {"hub_token": None, "resume_from_checkpoint": None}
         given = {name: value for name, value in settings.items() if value != Settings.__dataclass_fields__[name].default}
         words = [
@@ -48,6 +48,8 @@ class Journal:
         }
         with files.replacing(self.folder / "run.json") as temporary:
             temporary.write_text(json.dumps(run, indent=2) + "\n")
+        for unfinished in self.folder.glob(".checkpoint-*"):
+            shutil.rmtree(unfinished)
         metrics = self.folder / "metrics.jsonl"
         kept = [line for line in metrics.read_text().splitlines() if _step_of(line) <= step] if metrics.exists() else []
         with files.replacing(metrics) as temporary:

@@ -84,7 +84,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         if self.resumed:
             restore(self.optimizer, self.trained, files.Tensors([self.resumed / "optimizer.safetensors"]))
-            self.scaler.load_state_dict(files.read_json(self.resumed / "state.json")["scaler"])
+            if scale := files.read_json(self.resumed / "state.json")["scaler"]:  # empty where it was not in fp16
+                self.scaler.load_state_dict(scale)
         self.encode()
 
     def place(self, name: str, trains: bool) -> None:
