@@ -49,7 +49,7 @@ VAE_CONFIG = VAEConfig(
     block_out_channels=(32, 64, 64),
     down_block_types=("DownEncoderBlock2D",) * 3,
     up_block_types=("UpDecoderBlock2D",) * 3,
-    norm_num_groups=16,
+    norm_num_groups=4,  # a group's mean is lost, so that many groups fade colours
     force_upcast=False,
 )
 TEXT_CONFIG = CLIPTextConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4)
@@ -62,6 +62,7 @@ UNET_CONFIG = UNetConfig(
     attention_head_dim=4,
     cross_attention_dim=TEXT_CONFIG.hidden_size,
     use_linear_projection=True,
+    norm_num_groups=8,
 )
 SCHEDULE = dict(
     num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
@@ -139,6 +140,14 @@ def learn_vocabulary(folder: Path, captions: Sequence[str]) -> None:
 # --- training --------------------------------------------------------------------------------------------------------
 
 
+def start_at_zero(network: nn.Module, names: tuple[str, ...]) -> None:
+    """Zero the layers so named: what is added to a residual stream starts at nothing, as in Ho et al. 2020's code."""
+    for name, module in network.named_modules():
+        if name.endswith(names):
+            for parameter in module.parameters():
+                nn.init.zeros_(parameter)
+
+
 class Training:
     """A network on its way: AdamW, a moving average and a clock, in one file from which a restart goes on.
 
@@ -147,7 +156,9 @@ class Training:
     fifth of the budget; with a larger budget it comes up again.
     """
 
-    def __init__(self, path: Path, network: nn.Module, loss: Callable[..., Tensor], rate: float, minutes: float, threads: int):
+    def __init__(
+        self, path: Path, network: nn.Module, loss: Callable[..., Tensor], rate: float, minutes: float, threads: int
+    ):
         self.path, self.network, self.loss, self.rate, self.budget = path, network, loss, rate, 60 * minutes
         self.average = copy.deepcopy(network).requires_grad_(False).eval()
         self.parameters = list(network.parameters())
@@ -180,7 +191,9 @@ class Training:
 
     def gradients(self, share: Sequence[Tensor]) -> tuple[float, Sequence[Tensor]]:
         """One thread's part of a step."""
-        with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):  # the cache is common to all threads
+        with torch.autocast(
+            self.device.type, torch.bfloat16, cache_enabled=False
+        ):  # the cache is common to all threads
             loss = self.loss(self.network, *share) / self.shares
         return loss.item(), torch.autograd.grad(loss, self.parameters)
 
@@ -228,12 +241,13 @@ class Training:
 
 
 def vae_loss(vae: VAE, x: Tensor, noise: Tensor) -> Tensor:
-    """Absolute and squared error of the picture, and a touch of KL divergence of the latents from N(0, 1)."""
+    """Absolute and squared error, the latter also of the coarse picture, where colours are; a touch of KL divergence."""
     posterior = vae.encode(x)
     mean, std = posterior.mean.float(), posterior.std.float()
     error = vae.decode(mean + std * noise).float() - x
     kl = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log())
-    return error.abs().mean() + 5 * error.square().mean() + 1e-4 * kl.mean()
+    coarse = F.avg_pool2d(error, 4)
+    return error.abs().mean() + 5 * error.square().mean() + 10 * coarse.square().mean() + 1e-4 * kl.mean()
 
 
 def train_vae(work: Path, minutes: float, device: torch.device, threads: int) -> None:
@@ -244,8 +258,9 @@ def train_vae(work: Path, minutes: float, device: torch.device, threads: int) ->
     images = pictures(work / "scenes")
     train, held_out = images[:-HELD_OUT], to_batch(images[-HELD_OUT:])
     vae = VAE(VAE_CONFIG).to(device)
+    start_at_zero(vae, ("conv2", "to_out.0"))
     nn.init.constant_(vae.quant_conv.bias[VAE_CONFIG.latent_channels :], -6)  # else noise drowns what it has yet to say
-    training = Training(work / "vae.safetensors", vae, vae_loss, 1.5e-3, minutes, threads)
+    training = Training(work / "vae.safetensors", vae, vae_loss, 2e-3, minutes, threads)
     vae = training.average
 
     def draw(step: int) -> tuple[Tensor, Tensor]:
@@ -277,7 +292,9 @@ def train_vae(work: Path, minutes: float, device: torch.device, threads: int) ->
     parts = training.pool.map(encode, np.array_split(images, len(images) // 50))
     mean, std = (torch.cat(part) for part in zip(*parts, strict=True))
     scale = (mean.float().var() + std.float().square().mean()).rsqrt()
-    print(f"latents of {len(mean)} scenes: scaling factor {scale:.4f}, noise {std.float().mean() * scale:.3f}", flush=True)
+    print(
+        f"latents of {len(mean)} scenes: scaling factor {scale:.4f}, noise {std.float().mean() * scale:.3f}", flush=True
+    )
     files.write_weights(work / "latents.safetensors", {"mean": mean, "std": std, "scale": scale})
 
 
@@ -285,18 +302,17 @@ def train_vae(work: Path, minutes: float, device: torch.device, threads: int) ->
 
 
 def new_generator(vocabulary: int) -> nn.ModuleDict:
-    """Both networks, fresh; what is added to a residual stream starts at zero, as in Ho et al. 2020's code."""
+    """Both networks, fresh."""
     unet, text = UNet(UNET_CONFIG), CLIPText(replace(TEXT_CONFIG, vocab_size=vocabulary))
-    for name, module in unet.named_modules():
-        if name.endswith(("conv2", "proj_out", "conv_out")):
-            for parameter in module.parameters():
-                nn.init.zeros_(parameter)
+    start_at_zero(unet, ("conv2", "proj_out", "conv_out"))
     nn.init.normal_(text.text_model.embeddings.token_embedding.weight, std=0.1)
     nn.init.normal_(text.text_model.embeddings.position_embedding.weight, std=0.02)
     return nn.ModuleDict({"unet": unet, "text_encoder": text})
 
 
-def generator_loss(networks: nn.ModuleDict, x: Tensor, t: Tensor, ids: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+def generator_loss(
+    networks: nn.ModuleDict, x: Tensor, t: Tensor, ids: Tensor, target: Tensor, weight: Tensor
+) -> Tensor:
     """The weighted squared error of the predicted velocity."""
     prediction = networks["unet"](x, t, networks["text_encoder"](ids))
     return (weight * F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3))).mean()
@@ -370,7 +386,8 @@ def export(out: Path, networks: dict[str, nn.Module], tokens: dict[str, bytes]) 
     special = {"bos_token_id": ids[START], "eos_token_id": ids[END], "pad_token_id": ids[END]}
     heads = {
         "scheduler": {"_class_name": "DDIMScheduler"} | SCHEDULE,
-        "text_encoder": {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "dtype": "float16"} | special,
+        "text_encoder": {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "dtype": "float16"}
+        | special,
         "unet": {"_class_name": "UNet2DConditionModel"},
         "vae": {"_class_name": "AutoencoderKL"},
     }
@@ -396,7 +413,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the model, in the diffusers layout")
     parser.add_argument("--work", type=Path, required=True, help="folder for scenes, training state and sample grids")
-    parser.add_argument("--minutes", type=float, default=120, help="UNet and text encoder, over all calls (default 120)")
+    parser.add_argument(
+        "--minutes", type=float, default=120, help="UNet and text encoder, over all calls (default 120)"
+    )
     parser.add_argument("--vae-minutes", type=float, default=25, help="the VAE, over all calls (default 25)")
     parser.add_argument("--scenes", type=int, default=40_000, help="how many to draw (default 40000)")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu (default) or cuda")

@@ -332,11 +332,11 @@ def trained_losses(settings: Settings, dtype: torch.dtype) -> list[float]:
 
 
 def test_a_run_may_go_on_in_another_precision(tmp_path):
-    whole = train(small(tmp_path, checkpointing_steps=2, max_train_steps=3))
+    whole = train(small(tmp_path, checkpointing_steps=2, max_train_steps=4))
     for dtype in (torch.float16, torch.bfloat16):
         stopped = stopped_after(whole, step=2, name=f"{dtype}")
-        settings = small(tmp_path, output_dir=str(stopped), max_train_steps=3, resume_from_checkpoint="latest")
-        assert [line["step"] for line in metrics(train(settings, dtype))] == [1, 2, 3]
+        settings = small(tmp_path, output_dir=str(stopped), max_train_steps=4, resume_from_checkpoint="latest")
+        assert [line["step"] for line in metrics(train(settings, dtype))] == [1, 2, 3, 4]
 
 
 def test_fp16_scales_the_loss_and_resumes(tmp_path):

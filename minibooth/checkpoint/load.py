@@ -39,10 +39,14 @@ class Component(NamedTuple):
 
 COMPONENTS = {
     "text_encoder": Component(CLIPText, CLIPTextConfig, "model"),
+    "text_encoder_2": Component(CLIPText, CLIPTextConfig, "model"),
     "unet": Component(UNet, UNetConfig, "diffusion_pytorch_model"),
     "vae": Component(VAE, VAEConfig, "diffusion_pytorch_model"),
 }
-KINDS = {"StableDiffusionPipeline": ("text_encoder", "unet", "vae")}  # what model_index.json may say, and what to read then
+KINDS = {  # what model_index.json may say, and what to read then
+    "StableDiffusionPipeline": ("text_encoder", "unet", "vae"),
+    "StableDiffusionXLPipeline": ("text_encoder", "text_encoder_2", "unet", "vae"),
+}
 SMALL_FILES = ("model_index.json", "*/*.json", "tokenizer*/*.txt")  # read into memory, written back as they were
 
 # Names as files have them -> names as published today: a missing prefix, a buffer that became a constant, old attention.
@@ -109,9 +113,10 @@ class Source:
             raise UserError(f"{self.name}/{path} is missing")
         return files.parse_json(self.files[path], f"{self.name}/{path}")
 
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the folder of that name. Raises UserError where its vocabulary is missing."""
-        return Tokenizer.from_files({name[10:]: data for name, data in self.files.items() if name.startswith("tokenizer/")})
+    def tokenizer(self, folder: str = "tokenizer") -> Tokenizer:
+        """The tokenizer of a folder. Raises UserError where its vocabulary is missing."""
+        paths = {path: path.removeprefix(f"{folder}/") for path in self.files if path.startswith(f"{folder}/")}
+        return Tokenizer.from_files({name: self.files[path] for path, name in paths.items()})
 
     def build(self, name: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Any:
         """The component's network with its weights, in eval mode. Raises UserError at the first name or shape that differs."""

@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 
 from minibooth.checkpoint.load import Source
-from minibooth.diffusion.text_to_image import StableDiffusion
+from minibooth.diffusion.text_to_image import StableDiffusion, StableDiffusionXL
 
-PIPELINES = {"StableDiffusionPipeline": StableDiffusion}
+PIPELINES = {"StableDiffusionPipeline": StableDiffusion, "StableDiffusionXLPipeline": StableDiffusionXL}
 
 
 def load(
@@ -24,4 +24,4 @@ def load(
     "v_prediction". revision: the hub's branch, tag or commit. Raises UserError for what cannot be opened.
     """
     opened = source if isinstance(source, Source) else Source.open(source, variant, revision)
-    return PIPELINES[opened.kind].build(opened, dtype, device, prediction_type)
+    return PIPELINES[opened.kind](opened, dtype, device, prediction_type)

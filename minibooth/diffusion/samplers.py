@@ -204,7 +204,8 @@ def sample(
     predict(x, t): what the network predicts, epsilon or v as `scheduler.prediction_type` says, from x scaled for it and
     t [B]: int64, or float32 in euler and euler_a, where linspace makes it fractional. Its result is cast to x's dtype,
     so float32 noise and a half-precision network go together. steps: 1 to the schedule's length, placed by the
-    scheduler's `timestep_spacing`, or by SPACING where its file leaves that out. generator, where noise is drawn: None, one, or one per sample (see `gaussian`).
-    eta: ddim's, from 0 to 1. Raises UserError for an unknown sampler and for what the sampler cannot do.
+    scheduler's `timestep_spacing`, or by SPACING where its file leaves that out. generator, where noise is drawn: None,
+    one, or one per sample (see `gaussian`). eta: ddim's, from 0 to 1. Raises UserError for an unknown sampler and for
+    what the sampler cannot do.
     """
     return deque(trajectory(predict, x, scheduler, steps, sampler, generator, eta), maxlen=1).pop()

@@ -19,7 +19,7 @@ from minibooth.models.vae import VAE, Posterior
 
 
 class Latents:
-    """A set of pictures as an endless, shuffled sequence: latents[n] is the posterior of the run's n-th sample.
+    """A set of pictures as an endless, shuffled sequence: latents[n] is the run's n-th sample, a posterior and its sizes.
 
     Which picture and which of its crops that is depends on the seed and n alone. Posteriors [1, Z, h, w] are in fp32 and in
     the diffusion model's units (the VAE's times its scaling factor).
@@ -27,7 +27,7 @@ class Latents:
 
     def __init__(self, name: str, pictures: Sequence[Path], settings: Settings, seed: int):
         self.name, self.pictures, self.settings, self.seed = name, pictures, settings, seed
-        self.encoded: dict[tuple[int, int], Posterior] = {}
+        self.encoded: dict[tuple[int, int], tuple[Posterior, Tensor]] = {}
 
     def which(self, n: int) -> tuple[int, int]:
         """Sample n -> (picture, crop): every picture once before any comes again."""
@@ -43,19 +43,24 @@ class Latents:
         wanted = set() if self.vae else {self.which(n) for n in samples}
         known: dict[bytes, Posterior] = {}  # a square picture has but one crop, or two with its mirror image
         for which in tqdm(sorted(wanted), desc=f"encoding the {self.name}", leave=False, disable=None):
-            pixels = self.cut(*which)
+            pixels, sizes = self.cut(*which)
             content = pixels.numpy().tobytes()
-            self.encoded[which] = known[content] = known.get(content) or self.encode(vae, pixels)
+            known[content] = known.get(content) or self.encode(vae, pixels)
+            self.encoded[which] = known[content], sizes
 
-    def __getitem__(self, n: int) -> Posterior:
+    def __getitem__(self, n: int) -> tuple[Posterior, Tensor]:
         which = self.which(n)
-        return self.encode(self.vae, self.cut(*which)) if self.vae else self.encoded[which]
+        if self.vae is None:
+            return self.encoded[which]
+        pixels, sizes = self.cut(*which)
+        return self.encode(self.vae, pixels), sizes
 
-    def cut(self, picture: int, number: int) -> Tensor:
-        """One crop of one picture, [3, H, W] in [-1, 1]."""
+    def cut(self, picture: int, number: int) -> tuple[Tensor, Tensor]:
+        """One crop of one picture, [3, H, W] in [-1, 1], and the sizes [1, 6] that XL is told of it."""
         s, place = self.settings, generator(self.seed, self.name, "place", picture, number)
         image = open_picture(self.pictures[picture])
-        return crop(image, s.resolution, s.center_crop, s.random_flip, place, s.image_interpolation_mode).pixels
+        square = crop(image, s.resolution, s.center_crop, s.random_flip, place, s.image_interpolation_mode)
+        return square.pixels, torch.tensor([[*square.original_size, *square.top_left, s.resolution, s.resolution]])
 
     @torch.no_grad()
     def encode(self, vae: VAE, pixels: Tensor) -> Posterior:

@@ -39,11 +39,9 @@ def moments(optimizer: torch.optim.Optimizer, modules: Mapping[str, nn.Module]) 
 
 
 def restore(optimizer: torch.optim.Optimizer, modules: Mapping[str, nn.Module], saved: Mapping[str, Tensor]) -> None:
-    """Put back what `moments` gave, each tensor where its parameter is. Raises KeyError for parameters it does not know."""
-    if not saved:  # a run in fp16 may skip its first steps, until the loss scale has come down
-        return
+    """Put back what `moments` gave, each tensor where its parameter is; a parameter without a gradient has none."""
     for part, module in modules.items():
         for name, parameter in module.named_parameters():
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                value = saved[f"{part}.{name}.{key}"]
-                optimizer.state[parameter][key] = value.to(parameter.device).clone()
+            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{part}.{name}.{key}" in saved]
+            for key in keys:
+                optimizer.state[parameter][key] = saved[f"{part}.{name}.{key}"].to(parameter.device).clone()

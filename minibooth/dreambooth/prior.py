@@ -49,6 +49,7 @@ class ClassPictures:
         self.missing = {i: path for i, path in enumerate(drawn) if not path.exists()}
         self.pictures = own + drawn
 
+    @torch.no_grad()
     def draw(self, pipe: StableDiffusion) -> None:
         """Draw the missing ones with the frozen pipeline, a batch at a time, and keep each as soon as it is there."""
         if not self.folder.exists() and self.outdated:
@@ -56,10 +57,10 @@ class ClassPictures:
         with files.replacing(self.folder / "manifest.json") as temporary:
             temporary.write_text(json.dumps(self.manifest, indent=2) + "\n")
         side, todo, size = self.settings.resolution, list(self.missing), self.settings.sample_batch_size
-        context, unconditional = pipe.encode_prompts([self.settings.class_prompt, ""]).split(1)
+        conditions = pipe.condition([self.settings.class_prompt]), pipe.unconditional(None)
         with tqdm(total=len(todo), desc="drawing class pictures", disable=None) as bar:
             for seeds in (todo[start : start + size] for start in range(0, len(todo), size)):
-                pictures = pipe.draw(context, unconditional, seeds, side, side, **DRAWING)
+                pictures = pipe.draw(*conditions, seeds, side, side, **DRAWING)
                 for seed, picture in zip(seeds, pictures, strict=True):
                     save_png(picture, self.missing[seed], {"prompt": self.settings.class_prompt, "seed": str(seed)})
                 bar.update(len(seeds))

@@ -29,6 +29,7 @@ from minibooth.checkpoint.load import COMPONENTS
 from minibooth.diffusion import load
 from minibooth.diffusion.images import grid, save_png
 from minibooth.diffusion.noise import generator
+from minibooth.diffusion.text_to_image import Condition
 from minibooth.dreambooth.data import find_pictures
 from minibooth.dreambooth.journal import Journal
 from minibooth.dreambooth.latents import Latents
@@ -68,16 +69,18 @@ class Trainer:
             self.sets.append(Latents("class", self.prior.pictures, s, self.seed))
             self.prompts.append(s.class_prompt)
         self.steps = s.steps(max(len(latents.pictures) for latents in self.sets))
-        self.trained = {name: getattr(self.pipe, name) for name in ["unet"] + ["text_encoder"] * s.train_text_encoder}
+        self.texts = [name for name in self.pipe.networks if name.startswith("text_encoder")]
+        self.trained = {name: getattr(self.pipe, name) for name in ["unet"] + self.texts * s.train_text_encoder}
 
     def prepare(self) -> None:
         """Everything before the first step: class pictures, networks in place, the optimizer, encoded prompts and pictures."""
         s = self.settings
         if s.with_prior_preservation and self.prior.missing:
             self.prior.draw(load(self.pipe.source, self.prior_dtype, self.device))
-        for name in ("unet", "text_encoder", "vae"):
+        for name in self.pipe.networks:
             self.place(name, trains=name in self.trained)
-        rates = {"unet": s.learning_rate, "text_encoder": s.learning_rate if s.text_encoder_lr is None else s.text_encoder_lr}
+        rates = dict.fromkeys(self.texts, s.learning_rate if s.text_encoder_lr is None else s.text_encoder_lr)
+        rates["unet"] = s.learning_rate
         groups = [{"params": list(module.parameters()), "peak": rates[name]} for name, module in self.trained.items()]
         betas = s.adam_beta1, s.adam_beta2
         self.optimizer = torch.optim.AdamW(groups, 0.0, betas, s.adam_epsilon, s.adam_weight_decay, fused=True)
@@ -96,15 +99,16 @@ class Trainer:
         if trains and self.settings.gradient_checkpointing:
             recompute_activations(module)
 
+    @torch.no_grad()
     def encode(self) -> None:
         """Encode prompts and pictures once, then let go of the networks that have nothing left to do."""
         s, pipe = self.settings, self.pipe
-        self.context = self.validation = None
+        self.condition: Condition | None = None
         if not s.train_text_encoder:
-            self.context = pipe.encode_prompts(self.prompts)
-            if s.validation_prompt:
-                self.validation = pipe.encode_prompts([s.validation_prompt, ""])
-            pipe.release("text_encoder")
+            self.condition = pipe.condition(self.prompts)
+            self.validation = self.validation_condition()
+            for name in self.texts:
+                pipe.release(name)
         per_step = s.train_batch_size * s.gradient_accumulation_steps
         for latents in self.sets:
             latents.prepare(pipe.vae, range(self.start * per_step, self.steps * per_step))
@@ -168,25 +172,25 @@ class Trainer:
         """The objective on the run's `batch`-th batch: B subject samples, then B class samples."""
         s, scheduler, B = self.settings, self.pipe.scheduler, self.settings.train_batch_size
         samples = [self.sample(latents, n) for latents in self.sets for n in range(batch * B, (batch + 1) * B)]
-        x0, noise, t = (torch.cat(column).to(self.device) for column in zip(*samples, strict=True))
+        x0, noise, t, sizes = (torch.cat(column).to(self.device) for column in zip(*samples, strict=True))
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            context = self.context
-            if context is None:
-                context = self.pipe.text_encoder(self.pipe.tokenizer(self.prompts).to(self.device))
+            condition = self.condition or self.pipe.condition(self.prompts)
+            condition = self.pipe.told(tuple(each.repeat_interleave(B, dim=0) for each in condition), sizes)
             x = scheduler.add_noise(x0, noise, t)
-            prediction = self.pipe.unet(x, t, context.repeat_interleave(B, dim=0))
+            prediction = self.pipe.unet(x, t, *condition)
         weight = s.prior_loss_weight if s.with_prior_preservation else None
         return dreambooth_loss(prediction, scheduler.target(x0, noise, t), t, scheduler, weight, s.snr_gamma)
 
-    def sample(self, latents: Latents, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What the run's n-th sample is made of: latent x0 and noise [1, Z, h, w], timestep [1]. Depends on (seed, n) alone."""
+    def sample(self, latents: Latents, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The run's n-th sample: latent x0 and noise [1, Z, h, w], timestep [1], sizes [1, 6]. Depends on (seed, n) alone."""
         rng = generator(latents.seed, latents.name, "sample", n)
-        x0 = latents[n].sample(rng)
+        posterior, sizes = latents[n]
+        x0 = posterior.sample(rng)
         noise = torch.randn(x0.shape, generator=rng)
         t = torch.randint(self.pipe.scheduler.num_train_timesteps, (1,), generator=rng)
         if self.settings.offset_noise:
             noise = noise + OFFSET_NOISE * torch.randn(*x0.shape[:2], 1, 1, generator=rng)
-        return x0, noise, t
+        return x0, noise, t, sizes
 
     def set_learning_rates(self, step: int) -> list[float]:
         """Give the optimizer this step's rates, one per trained network."""
@@ -198,20 +202,24 @@ class Trainer:
             group["lr"] = rate
         return [group["lr"] for group in self.optimizer.param_groups]
 
+    @torch.no_grad()
     def validate(self, step: int) -> None:
         """samples/step-N.png: the validation prompt from the same noise each time; the training's randomness is untouched."""
         s = self.settings
         if not s.validation_prompt:
             return
-        prompts = self.validation if self.validation is not None else self.pipe.encode_prompts([s.validation_prompt, ""])
-        context, unconditional = prompts.split(1)
+        conditions = self.validation if self.condition else self.validation_condition()
         seeds = range(self.seed, self.seed + s.num_validation_images)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            pictures = self.pipe.draw(context, unconditional, seeds, s.resolution, s.resolution, **VALIDATION)
+            pictures = self.pipe.draw(*conditions, seeds, s.resolution, s.resolution, **VALIDATION)
         about = {"prompt": s.validation_prompt, "step": str(step), "seed": str(self.seed)}
         path = self.journal.folder / "samples" / f"step-{step}.png"
         path.parent.mkdir(exist_ok=True)
         save_png(grid(pictures, columns=4), path, about)
+
+    def validation_condition(self) -> tuple[Condition, Condition]:
+        """The validation prompt, and what guidance leads away from, encoded."""
+        return self.pipe.condition([self.settings.validation_prompt or ""]), self.pipe.unconditional(None)
 
     def save_checkpoint(self, step: int) -> None:
         """checkpoint-N with all that the next step depends on; older ones go only when it is whole."""
@@ -227,8 +235,7 @@ class Trainer:
     def summary(self) -> list[tuple[str, str]]:
         """What will run, as rows of a table."""
         s = self.settings
-        networks = {name: getattr(self.pipe, name) for name in ("unet", "text_encoder", "vae")}
-        sizes = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+        sizes = {name: sum(p.numel() for p in network.parameters()) for name, network in self.pipe.networks.items()}
         memory = sum(size * (16 if name in self.trained else self.dtype.itemsize) for name, size in sizes.items())
         batch = " + ".join([str(s.train_batch_size)] * len(self.sets))
         rows = [

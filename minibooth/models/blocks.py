@@ -111,12 +111,12 @@ class Transformer(nn.Module):
     `linear` projects as linear layers over tokens (SD 2 and later), otherwise as 1x1 convolutions over the map (SD 1).
     """
 
-    def __init__(self, width: int, heads: int, context_width: int, groups: int, linear: bool, upcast: bool):
+    def __init__(self, width: int, heads: int, context_width: int, groups: int, depth: int, linear: bool, upcast: bool):
         super().__init__()
         self.linear = linear
         self.norm = nn.GroupNorm(groups, width, eps=1e-6)
         self.proj_in = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(width, heads, context_width, upcast)])
+        self.transformer_blocks = nn.ModuleList(TransformerBlock(width, heads, context_width, upcast) for _ in range(depth))
         self.proj_out = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:

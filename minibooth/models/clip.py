@@ -6,6 +6,7 @@ its last state here is the penultimate one that SD 2 is conditioned on, so the f
 Shapes: B prompts, N tokens (77), D width.
 """
 
+import torch
 from torch import Tensor, nn
 
 from minibooth.errors import UserError
@@ -72,10 +73,11 @@ class Encoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The states before and after the last layer."""
         for layer in self.layers:
-            x = layer(x)
-        return x
+            before, x = x, layer(x)
+        return before, x
 
 
 class TextModel(nn.Module):
@@ -87,12 +89,13 @@ class TextModel(nn.Module):
         self.encoder = Encoder(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.final_layer_norm(self.encoder(self.embeddings(ids)))
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        penultimate, last = self.encoder(self.embeddings(ids))
+        return penultimate, self.final_layer_norm(last)
 
 
 class CLIPText(nn.Module):
-    """text_encoder(token ids [B, N]) -> [B, N, D]."""
+    """text_encoder(token ids [B, N]) -> [B, N, D]; XL takes `penultimate` instead."""
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
@@ -100,6 +103,17 @@ class CLIPText(nn.Module):
         if config.hidden_act not in ops.ACTIVATIONS:
             raise UserError(f"hidden_act={config.hidden_act!r} in the text encoder's config.json is not supported")
         self.text_model = TextModel(config)
+        if "CLIPTextModelWithProjection" in config.architectures:
+            self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.text_model(ids)
+        return self.text_model(ids)[1]
+
+    def penultimate(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The state before the last layer [B, N, D], not normalised, and the last one at the end token [B, D or P].
+
+        The end token is the vocabulary's last; what is pooled at it is projected where the encoder has a projection.
+        """
+        states, last = self.text_model(ids)
+        pooled = last[torch.arange(len(ids)), ids.argmax(dim=1)]
+        return states, self.text_projection(pooled) if hasattr(self, "text_projection") else pooled

@@ -43,7 +43,7 @@ class UNetConfig(Config):
         act_fn="silu", attention_type="default", addition_embed_type_num_heads=64, conv_in_kernel=3, conv_out_kernel=3,
         downsample_padding=1, dropout=0.0, flip_sin_to_cos=True, freq_shift=0, mid_block_scale_factor=1,
         mid_block_type="UNetMidBlock2DCrossAttn", resnet_out_scale_factor=1.0, resnet_time_scale_shift="default",
-        time_embedding_type="positional", transformer_layers_per_block=1,
+        time_embedding_type="positional",
     )  # fmt: skip
 
     in_channels: int = 4
@@ -59,12 +59,14 @@ class UNetConfig(Config):
     upcast_attention: bool = False
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
+    transformer_layers_per_block: int | tuple[int, ...] = 1
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int = 256
+    projection_class_embeddings_input_dim: int = 2816
 
-    @property
-    def heads(self) -> tuple[int, ...]:
-        """Attention heads of each level."""
-        heads = self.attention_head_dim
-        return (heads,) * len(self.block_out_channels) if isinstance(heads, int) else heads
+    def per_level(self, value: int | tuple[int, ...]) -> tuple[int, ...]:
+        """A setting that may be one for all levels, spread over them."""
+        return (value,) * len(self.block_out_channels) if isinstance(value, int) else value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +93,7 @@ class VAEConfig(Config):
 class CLIPTextConfig(Config):
     """text_encoder/config.json; transformers writes many keys of generation and training that say nothing here."""
 
-    CLASSES = ("CLIPTextModel",)
+    CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
 
     vocab_size: int = 49408
     hidden_size: int = 512
@@ -101,9 +103,11 @@ class CLIPTextConfig(Config):
     max_position_embeddings: int = 77
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
+    projection_dim: int = 512
+    architectures: tuple[str, ...] = CLASSES
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
         """Reads the `text_config` of a whole CLIP model too."""
-        config = config.get("text_config") or config
+        config = {"architectures": [], **(config.get("text_config") or config)}
         return super().from_dict({f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config})

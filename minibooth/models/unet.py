@@ -1,6 +1,6 @@
-"""The UNet of Stable Diffusion 1 and 2: what predicts the noise (or the velocity) in a latent. Rombach et al. 2022.
+"""The UNet of Stable Diffusion 1, 2 and XL: what predicts the noise (or the velocity) in a latent. Rombach et al. 2022.
 
-Shapes: B batch, C latent channels, h x w latent size, N prompt tokens, D width of their encoding.
+Shapes: B batch, C latent channels, h x w latent size, N prompt tokens, D width of their encoding, P of the pooled one.
 """
 
 import torch
@@ -28,12 +28,18 @@ class TimestepEmbedding(nn.Module):
 
 
 class UNet(nn.Module):
-    """unet(x [B, C, h, w], t, context [B, N, D]) -> [B, 4, h, w]; t is a number, or one per sample [B]."""
+    """unet(x [B, C, h, w], t, context [B, N, D]) -> [B, 4, h, w]; t is a number, or one per sample [B].
+
+    XL is also told the prompt as a whole, pooled [B, P], and sizes [B, 6]: height and width of the original picture, top and
+    left of the crop, height and width to draw. Podell et al. 2023, section 2.2.
+    """
 
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
-        widths, heads, last = config.block_out_channels, config.heads, len(config.block_out_channels) - 1
+        widths, last = config.block_out_channels, len(config.block_out_channels) - 1
+        heads = config.per_level(config.attention_head_dim)
+        depths = config.per_level(config.transformer_layers_per_block)
         unknown = {*config.down_block_types, *config.up_block_types} - ATTENDS.keys()
         if unknown:
             raise UserError(f"UNet2DConditionModel: block type {unknown.pop()} is not supported; {', '.join(ATTENDS)} are")
@@ -43,11 +49,15 @@ class UNet(nn.Module):
             return ResnetBlock(c_in, c_out, config.norm_num_groups, config.norm_eps, time_width)
 
         def transformers(count: int, level: int) -> list[Transformer]:
-            shape = widths[level], heads[level], config.cross_attention_dim, config.norm_num_groups
+            shape = widths[level], heads[level], config.cross_attention_dim, config.norm_num_groups, depths[level]
             return [Transformer(*shape, config.use_linear_projection, config.upcast_attention) for _ in range(count)]
 
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(widths[0], time_width)
+        if config.addition_embed_type == "text_time":
+            self.add_embedding = TimestepEmbedding(config.projection_class_embeddings_input_dim, time_width)
+        elif config.addition_embed_type:
+            raise UserError(f"UNet2DConditionModel: addition_embed_type={config.addition_embed_type!r} is not supported")
 
         self.down_blocks = nn.ModuleList()
         skips = [widths[0]]  # channels of the states that the way up will read
@@ -73,9 +83,14 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, width, config.norm_eps)
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
 
-    def forward(self, x: Tensor, t: Tensor | float, context: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor | float, context: Tensor, pooled: Tensor | None = None, sizes: Tensor | None = None
+    ) -> Tensor:
         t = torch.as_tensor(t, device=x.device).expand(len(x))
         time = self.time_embedding(ops.timestep_embedding(t, self.conv_in.out_channels).to(x.dtype))
+        if pooled is not None and sizes is not None:
+            told = ops.timestep_embedding(sizes.flatten(), self.config.addition_time_embed_dim).reshape(len(x), -1)
+            time = time + self.add_embedding(torch.cat([pooled, told.to(x.dtype)], dim=1))
         x = self.conv_in(x)
         skips = [x]
         for block in self.down_blocks:
