@@ -241,7 +241,7 @@ class Training:
 
 
 def vae_loss(vae: VAE, x: Tensor, noise: Tensor) -> Tensor:
-    """Absolute and squared error, the latter also of the coarse picture, where colours are; a touch of KL divergence."""
+    """Absolute and squared error, the latter also of the coarse picture, where colours are; a touch of KL."""
     posterior = vae.encode(x)
     mean, std = posterior.mean.float(), posterior.std.float()
     error = vae.decode(mean + std * noise).float() - x

@@ -58,15 +58,16 @@ def test_a_posterior_is_the_encoded_crop_times_the_scaling_factor(changes, laten
         square = crop(open_picture(sequence.pictures[picture]), 64, *options, place, filter)
         with torch.no_grad():
             expected = vae.encode(square.pixels[None])
-        for found, wanted in ((sequence[n].mean, expected.mean), (sequence[n].std, expected.std)):
+        for found, wanted in ((sequence[n][0].mean, expected.mean), (sequence[n][0].std, expected.std)):
             assert found.shape == (1, 4, 8, 8) and found.dtype == torch.float32
             assert torch.allclose(found, wanted * 0.18215, rtol=1e-6, atol=1e-6)
+        assert sequence[n][1].tolist() == [[*square.original_size, *square.top_left, 64, 64]]
 
 
 def test_posteriors_are_fp32_whatever_the_vae_computes_in(latents):
     sequence = latents()
     sequence.prepare(minibooth.load(tiny(), torch.bfloat16).vae, range(3))
-    assert sequence[0].mean.dtype == sequence[0].std.dtype == torch.float32
+    assert sequence[0][0].mean.dtype == sequence[0][0].std.dtype == torch.float32
 
 
 def test_once_prepared_the_vae_may_go(latents):
@@ -77,7 +78,7 @@ def test_once_prepared_the_vae_may_go(latents):
     pipe.release("vae")
     assert reference() is None
     assert sequence.encoded.keys() == {sequence.which(n) for n in range(10, 20)}
-    assert all(sequence[n].mean.isfinite().all() for n in range(10, 20))
+    assert all(sequence[n][0].mean.isfinite().all() for n in range(10, 20))
 
 
 def test_on_the_fly_no_crop_comes_twice(latents, vae):
@@ -85,15 +86,15 @@ def test_on_the_fly_no_crop_comes_twice(latents, vae):
     sequence.prepare(vae, range(20))
     assert not sequence.encoded
     assert len({sequence.which(n) for n in range(1000)}) == 1000
-    means = [tuple(sequence[n].mean.flatten().tolist()) for n in range(20)]
+    means = [tuple(sequence[n][0].mean.flatten().tolist()) for n in range(20)]
     assert len(set(means)) > 15  # some pairs of crops fall on the same pixels
-    assert torch.equal(sequence[3].mean, sequence[3].mean)
+    assert torch.equal(sequence[3][0].mean, sequence[3][0].mean)
 
 
 def test_a_centred_crop_without_flips_is_always_the_same(latents, vae):
     sequence = latents(center_crop=True, crops_per_image=6)
     sequence.prepare(vae, range(30))
-    assert len({tuple(sequence[n].mean.flatten().tolist()) for n in range(30)}) == 5
+    assert len({tuple(sequence[n][0].mean.flatten().tolist()) for n in range(30)}) == 5
 
 
 def test_posterior_noise_is_drawn_anew_each_step(tmp_path):
@@ -104,6 +105,6 @@ def test_posterior_noise_is_drawn_anew_each_step(tmp_path):
     assert len(same) == 13 + (subject.which(39) == subject.which(0))
     drawn = torch.cat([run.sample(subject, n)[0] for n in same])
     assert len({tuple(x.flatten().tolist()) for x in drawn}) == len(same)
-    mean, std = subject[0].mean, subject[0].std
+    mean, std = subject[0][0].mean, subject[0][0].std
     z = (drawn - mean) / std
     assert z.mean().abs() < 0.1 and abs(z.std() - 1) < 0.1

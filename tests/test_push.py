@@ -45,9 +45,10 @@ def test_the_command_pushes_when_it_has_trained(hub, tmp_path, capsys):
 
 
 def test_the_whole_pipeline_arrives_with_its_card_and_nothing_else(hub, trained):
+    folder = Path(trained.output_dir)
+    (folder / ".unfinished").write_text("half")
     assert push(trained) == f"{hub.endpoint}/owner/sks-dog"
-    arrived, folder = hub.repositories["owner/sks-dog"], Path(trained.output_dir)
-    (folder / ".unfinished").write_text("")
+    arrived = hub.repositories["owner/sks-dog"]
     private = (".unfinished", "checkpoint-1", "class", "run.json", "metrics.jsonl")
     assert all((folder / name).exists() for name in private)
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}

@@ -131,7 +131,7 @@ def never_stopped(tmp_path_factory) -> Settings:
     return settings
 
 
-@pytest.mark.parametrize("name, every", [("SIGKILL", 1), ("SIGINT", 15)])
+@pytest.mark.parametrize("name, every", [("SIGKILL", 1), ("SIGINT", 100)])
 def test_a_run_stopped_at_any_moment_can_go_on(name, every, never_stopped, tmp_path):
     changes = {"output_dir": str(tmp_path / "output"), "checkpointing_steps": every, "checkpoints_total_limit": 2}
     settings = Settings(**vars(never_stopped) | changes)
@@ -220,8 +220,9 @@ def test_validation_changes_nothing_but_draws(tmp_path):
     assert metrics(watched) == metrics(plain)
     assert not (plain / "samples").exists()
     samples = {path.name: Image.open(path) for path in (watched / "samples").iterdir()}
-    assert samples.keys() == {f"step-{step}.png" for step in (0, 2, 4, 5)}
-    assert {image.size for image in samples.values()} == {(3 * 64 + 2 * 4, 64)}
+    assert samples.keys() == {f"step-{step}.png" for step in (0, 2, 4, 5)} | {"before-after.png"}
+    assert {image.size for name, image in samples.items() if "step" in name} == {(3 * 64 + 2 * 4, 64)}
+    assert samples["before-after.png"].size == (2 * 200 + 4, 64)
     assert samples["step-4.png"].text == {"prompt": "a sks dog on the moon", "step": "4", "seed": "7"}
     assert samples["step-0.png"].tobytes() != samples["step-5.png"].tobytes()
 
@@ -304,7 +305,7 @@ def test_networks_leave_memory_once_they_have_done_their_part(tmp_path):
     frozen = [weakref.ref(run.pipe.vae), weakref.ref(run.pipe.text_encoder)]
     run.prepare()
     assert [reference() for reference in frozen] == [None, None]
-    assert not any(tensor.requires_grad for tensor in (run.context, run.sets[0][0].mean))
+    assert not any(tensor.requires_grad for tensor in (run.condition[0], run.sets[0][0][0].mean))
 
 
 def test_mixed_precision_keeps_masters_in_fp32(tmp_path):
@@ -415,10 +416,26 @@ def test_a_sample_depends_on_the_seed_and_its_number_alone(tmp_path):
     first = samples()
     again = samples(train_batch_size=1, gradient_accumulation_steps=2, max_train_steps=50)
     assert all(torch.equal(a, b) for one, other in zip(first, again, strict=True) for a, b in zip(one, other, strict=True))
-    noises = [noise for _, noise, _ in first + samples(seed=8)]
+    noises = [noise for _, noise, _, _ in first + samples(seed=8)]
     assert len({tuple(noise.flatten().tolist()) for noise in noises}) == len(noises)
-    timesteps = [t.item() for _, _, t in first]
+    timesteps = [t.item() for _, _, t, _ in first]
     assert len(set(timesteps)) > 6 and min(timesteps) >= 0 and max(timesteps) < 1000
+
+
+@pytest.mark.parametrize("train_text_encoder", [False, True])
+def test_each_sample_is_noised_and_told_its_own_prompt(train_text_encoder, tmp_path):
+    """The subject's rows first, with the instance prompt; then the class's, with theirs."""
+    run = trainer(small(tmp_path, train_text_encoder=train_text_encoder, **with_class(tmp_path)))
+    run.prepare()
+    seen = []
+    run.pipe.unet.register_forward_pre_hook(lambda network, inputs: seen.append(inputs))
+    run.losses(1)
+    (x, t, context, *_), scheduler = seen[0], run.pipe.scheduler
+    samples = [run.sample(latents, n) for latents in run.sets for n in (2, 3)]
+    assert torch.equal(x, torch.cat([scheduler.add_noise(*sample[:3]) for sample in samples]))
+    assert torch.equal(t, torch.cat([sample[2] for sample in samples]))
+    prompts = ["a photo of sks dog"] * 2 + ["a photo of dog"] * 2
+    assert torch.allclose(context, minibooth.load(tiny()).encode_prompts(prompts), atol=1e-5)
 
 
 def test_offset_noise_adds_a_tenth_of_a_constant_per_channel(tmp_path):
@@ -427,7 +444,7 @@ def test_offset_noise_adds_a_tenth_of_a_constant_per_channel(tmp_path):
         run.prepare()
     offsets = []
     for n in range(100):
-        (x0, plain, t), (same_x0, noise, same_t) = (run.sample(run.sets[0], n) for run in runs)
+        (x0, plain, t, _), (same_x0, noise, same_t, _) = (run.sample(run.sets[0], n) for run in runs)
         assert torch.equal(x0, same_x0) and torch.equal(t, same_t)
         offset = noise - plain
         assert torch.allclose(offset, offset.mean((2, 3), keepdim=True).expand_as(offset), atol=1e-6)

@@ -58,7 +58,7 @@ def push(settings: Settings) -> str:
             repo_id=repository.repo_id,
             folder_path=folder,
             commit_message="End of training",
-            ignore_patterns=NOT_UPLOADED,
+            ignore_patterns=[*NOT_UPLOADED],
         )
     except Exception as error:  # the hub's, the disk's, or of the HTTP library, which differs by version
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

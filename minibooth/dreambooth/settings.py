@@ -70,7 +70,7 @@ class Settings:
     checkpointing_steps: int = flag(500, "steps between checkpoints")
     checkpoints_total_limit: int | None = flag(None, "keep this many, the newest")
     resume_from_checkpoint: str | None = flag(None, 'a checkpoint-N folder, or "latest"')
-    validation_prompt: str | None = flag(None, "draw it as training goes: samples/step-N.png")
+    validation_prompt: str | None = flag(None, "draw it (or several, with | between) as training goes: samples/step-N.png")
     num_validation_images: int = flag(4, "pictures of each grid")
     validation_steps: int = flag(100, "steps between grids")
     push_to_hub: bool = flag(False, "upload the result")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -106,7 +107,7 @@ class Trainer:
         self.condition: Condition | None = None
         if not s.train_text_encoder:
             self.condition = pipe.condition(self.prompts)
-            self.validation = self.validation_condition()
+            self.validation = self.validation_conditions()
             for name in self.texts:
                 pipe.release(name)
         per_step = s.train_batch_size * s.gradient_accumulation_steps
@@ -208,18 +209,22 @@ class Trainer:
         s = self.settings
         if not s.validation_prompt:
             return
-        conditions = self.validation if self.condition else self.validation_condition()
-        seeds = range(self.seed, self.seed + s.num_validation_images)
+        conditions, unconditional = self.validation if self.condition else self.validation_conditions()
+        seeds, side = range(self.seed, self.seed + s.num_validation_images), s.resolution
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            pictures = self.pipe.draw(*conditions, seeds, s.resolution, s.resolution, **VALIDATION)
+            rows = [self.pipe.draw(condition, unconditional, seeds, side, side, **VALIDATION) for condition in conditions]
         about = {"prompt": s.validation_prompt, "step": str(step), "seed": str(self.seed)}
         path = self.journal.folder / "samples" / f"step-{step}.png"
         path.parent.mkdir(exist_ok=True)
-        save_png(grid(pictures, columns=4), path, about)
+        save_png(grid([picture for row in rows for picture in row], columns=len(seeds)), path, about)
+        before = path.with_name("step-0.png")
+        if step == self.steps and before.exists():
+            save_png(grid([Image.open(before), Image.open(path)], columns=2), path.with_name("before-after.png"), about)
 
-    def validation_condition(self) -> tuple[Condition, Condition]:
-        """The validation prompt, and what guidance leads away from, encoded."""
-        return self.pipe.condition([self.settings.validation_prompt or ""]), self.pipe.unconditional(None)
+    def validation_conditions(self) -> tuple[list[Condition], Condition]:
+        """The validation prompts, and what guidance leads away from, encoded."""
+        prompts = (self.settings.validation_prompt or "").split("|")
+        return [self.pipe.condition([prompt.strip()]) for prompt in prompts], self.pipe.unconditional(None)
 
     def save_checkpoint(self, step: int) -> None:
         """checkpoint-N with all that the next step depends on; older ones go only when it is whole."""
