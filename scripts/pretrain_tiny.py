@@ -156,9 +156,7 @@ class Training:
     fifth of the budget; with a larger budget it comes up again.
     """
 
-    def __init__(
-        self, path: Path, network: nn.Module, loss: Callable[..., Tensor], rate: float, minutes: float, threads: int
-    ):
+    def __init__(self, path: Path, network: nn.Module, loss: Callable[..., Tensor], rate: float, minutes: float, threads: int):
         self.path, self.network, self.loss, self.rate, self.budget = path, network, loss, rate, 60 * minutes
         self.average = copy.deepcopy(network).requires_grad_(False).eval()
         self.parameters = list(network.parameters())
@@ -191,9 +189,7 @@ class Training:
 
     def gradients(self, share: Sequence[Tensor]) -> tuple[float, Sequence[Tensor]]:
         """One thread's part of a step."""
-        with torch.autocast(
-            self.device.type, torch.bfloat16, cache_enabled=False
-        ):  # the cache is common to all threads
+        with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):  # the cache is common to all threads
             loss = self.loss(self.network, *share) / self.shares
         return loss.item(), torch.autograd.grad(loss, self.parameters)
 
@@ -292,9 +288,7 @@ def train_vae(work: Path, minutes: float, device: torch.device, threads: int) ->
     parts = training.pool.map(encode, np.array_split(images, len(images) // 50))
     mean, std = (torch.cat(part) for part in zip(*parts, strict=True))
     scale = (mean.float().var() + std.float().square().mean()).rsqrt()
-    print(
-        f"latents of {len(mean)} scenes: scaling factor {scale:.4f}, noise {std.float().mean() * scale:.3f}", flush=True
-    )
+    print(f"latents of {len(mean)} scenes: scaling factor {scale:.4f}, noise {std.float().mean() * scale:.3f}", flush=True)
     files.write_weights(work / "latents.safetensors", {"mean": mean, "std": std, "scale": scale})
 
 
@@ -310,9 +304,7 @@ def new_generator(vocabulary: int) -> nn.ModuleDict:
     return nn.ModuleDict({"unet": unet, "text_encoder": text})
 
 
-def generator_loss(
-    networks: nn.ModuleDict, x: Tensor, t: Tensor, ids: Tensor, target: Tensor, weight: Tensor
-) -> Tensor:
+def generator_loss(networks: nn.ModuleDict, x: Tensor, t: Tensor, ids: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """The weighted squared error of the predicted velocity."""
     prediction = networks["unet"](x, t, networks["text_encoder"](ids))
     return (weight * F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3))).mean()
@@ -386,8 +378,7 @@ def export(out: Path, networks: dict[str, nn.Module], tokens: dict[str, bytes]) 
     special = {"bos_token_id": ids[START], "eos_token_id": ids[END], "pad_token_id": ids[END]}
     heads = {
         "scheduler": {"_class_name": "DDIMScheduler"} | SCHEDULE,
-        "text_encoder": {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "dtype": "float16"}
-        | special,
+        "text_encoder": {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "dtype": "float16"} | special,
         "unet": {"_class_name": "UNet2DConditionModel"},
         "vae": {"_class_name": "AutoencoderKL"},
     }
@@ -413,9 +404,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the model, in the diffusers layout")
     parser.add_argument("--work", type=Path, required=True, help="folder for scenes, training state and sample grids")
-    parser.add_argument(
-        "--minutes", type=float, default=120, help="UNet and text encoder, over all calls (default 120)"
-    )
+    parser.add_argument("--minutes", type=float, default=120, help="UNet and text encoder, over all calls (default 120)")
     parser.add_argument("--vae-minutes", type=float, default=25, help="the VAE, over all calls (default 25)")
     parser.add_argument("--scenes", type=int, default=40_000, help="how many to draw (default 40000)")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu (default) or cuda")

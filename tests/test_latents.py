@@ -97,6 +97,14 @@ def test_a_centred_crop_without_flips_is_always_the_same(latents, vae):
     assert len({tuple(sequence[n][0].mean.flatten().tolist()) for n in range(30)}) == 5
 
 
+def test_crops_that_are_equal_are_encoded_once(latents, vae, monkeypatch):
+    sequence, encoded = latents(center_crop=True, crops_per_image=6), []
+    encode = sequence.encode
+    monkeypatch.setattr(sequence, "encode", lambda vae, pixels: encoded.append(pixels) or encode(vae, pixels))
+    sequence.prepare(vae, range(60))
+    assert len(encoded) == 5 and len(sequence.encoded) > 5
+
+
 def test_posterior_noise_is_drawn_anew_each_step(tmp_path):
     run = trainer(small(tmp_path, crops_per_image=1, max_train_steps=20))
     run.prepare()

@@ -5,6 +5,7 @@ The VAE's posterior is kept, not a sample of it, so that each step still sees fr
 Shapes: Z latent channels, h x w latent size, H x W = resolution x resolution.
 """
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -44,7 +45,7 @@ class Latents:
         known: dict[bytes, Posterior] = {}  # a square picture has but one crop, or two with its mirror image
         for which in tqdm(sorted(wanted), desc=f"encoding the {self.name}", leave=False, disable=None):
             pixels, sizes = self.cut(*which)
-            content = pixels.numpy().tobytes()
+            content = hashlib.sha256(pixels.numpy().tobytes()).digest()
             known[content] = known.get(content) or self.encode(vae, pixels)
             self.encoded[which] = known[content], sizes
 
