@@ -72,7 +72,8 @@ def in_unit(images: Tensor) -> Tensor:
 def labels(scenes: list[Scene]) -> dict[str, Tensor]:
     """For each attribute [N], the number of the scene's value in its table."""
     return {
-        name: torch.tensor([list(table).index(getattr(scene, name)) for scene in scenes]) for name, table in ATTRIBUTES.items()
+        name: torch.tensor([list(table).index(getattr(scene, name)) for scene in scenes])
+        for name, table in ATTRIBUTES.items()
     }
 
 

@@ -156,7 +156,9 @@ class Training:
     fifth of the budget; with a larger budget it comes up again.
     """
 
-    def __init__(self, path: Path, network: nn.Module, loss: Callable[..., Tensor], rate: float, minutes: float, threads: int):
+    def __init__(
+        self, path: Path, network: nn.Module, loss: Callable[..., Tensor], rate: float, minutes: float, threads: int
+    ):
         self.path, self.network, self.loss, self.rate, self.budget = path, network, loss, rate, 60 * minutes
         self.average = copy.deepcopy(network).requires_grad_(False).eval()
         self.parameters = list(network.parameters())
@@ -189,7 +191,9 @@ class Training:
 
     def gradients(self, share: Sequence[Tensor]) -> tuple[float, Sequence[Tensor]]:
         """One thread's part of a step."""
-        with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):  # the cache is common to all threads
+        with torch.autocast(
+            self.device.type, torch.bfloat16, cache_enabled=False
+        ):  # the cache is common to all threads
             loss = self.loss(self.network, *share) / self.shares
         return loss.item(), torch.autograd.grad(loss, self.parameters)
 
@@ -237,13 +241,20 @@ class Training:
 
 
 def vae_loss(vae: VAE, x: Tensor, noise: Tensor) -> Tensor:
-    """Absolute and squared error, the latter also of the coarse picture, where colours are; a touch of KL."""
+    """Absolute and squared error, the latter also of the coarse picture, where colours are; a touch of KL divergence.
+
+    The divergence of all latents' common covariance from the identity keeps each channel in use: without it they stay
+    copies of light and dark for thousands of steps.
+    """
     posterior = vae.encode(x)
     mean, std = posterior.mean.float(), posterior.std.float()
     error = vae.decode(mean + std * noise).float() - x
-    kl = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log())
     coarse = F.avg_pool2d(error, 4)
-    return error.abs().mean() + 5 * error.square().mean() + 10 * coarse.square().mean() + 1e-4 * kl.mean()
+    kl = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log())
+    covariance = torch.cov(mean.transpose(0, 1).flatten(1)) + 1e-4 * torch.eye(mean.shape[1], device=x.device)
+    common = 0.5 * (covariance.trace() - mean.shape[1] - covariance.logdet())
+    squared = 5 * error.square().mean() + 10 * coarse.square().mean()
+    return error.abs().mean() + squared + 1e-4 * kl.mean() + 0.1 * common
 
 
 def train_vae(work: Path, minutes: float, device: torch.device, threads: int) -> None:
@@ -288,7 +299,9 @@ def train_vae(work: Path, minutes: float, device: torch.device, threads: int) ->
     parts = training.pool.map(encode, np.array_split(images, len(images) // 50))
     mean, std = (torch.cat(part) for part in zip(*parts, strict=True))
     scale = (mean.float().var() + std.float().square().mean()).rsqrt()
-    print(f"latents of {len(mean)} scenes: scaling factor {scale:.4f}, noise {std.float().mean() * scale:.3f}", flush=True)
+    print(
+        f"latents of {len(mean)} scenes: scaling factor {scale:.4f}, noise {std.float().mean() * scale:.3f}", flush=True
+    )
     files.write_weights(work / "latents.safetensors", {"mean": mean, "std": std, "scale": scale})
 
 
@@ -304,7 +317,9 @@ def new_generator(vocabulary: int) -> nn.ModuleDict:
     return nn.ModuleDict({"unet": unet, "text_encoder": text})
 
 
-def generator_loss(networks: nn.ModuleDict, x: Tensor, t: Tensor, ids: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+def generator_loss(
+    networks: nn.ModuleDict, x: Tensor, t: Tensor, ids: Tensor, target: Tensor, weight: Tensor
+) -> Tensor:
     """The weighted squared error of the predicted velocity."""
     prediction = networks["unet"](x, t, networks["text_encoder"](ids))
     return (weight * F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3))).mean()
@@ -378,7 +393,8 @@ def export(out: Path, networks: dict[str, nn.Module], tokens: dict[str, bytes]) 
     special = {"bos_token_id": ids[START], "eos_token_id": ids[END], "pad_token_id": ids[END]}
     heads = {
         "scheduler": {"_class_name": "DDIMScheduler"} | SCHEDULE,
-        "text_encoder": {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "dtype": "float16"} | special,
+        "text_encoder": {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "dtype": "float16"}
+        | special,
         "unet": {"_class_name": "UNet2DConditionModel"},
         "vae": {"_class_name": "AutoencoderKL"},
     }
@@ -404,7 +420,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the model, in the diffusers layout")
     parser.add_argument("--work", type=Path, required=True, help="folder for scenes, training state and sample grids")
-    parser.add_argument("--minutes", type=float, default=120, help="UNet and text encoder, over all calls (default 120)")
+    parser.add_argument(
+        "--minutes", type=float, default=120, help="UNet and text encoder, over all calls (default 120)"
+    )
     parser.add_argument("--vae-minutes", type=float, default=25, help="the VAE, over all calls (default 25)")
     parser.add_argument("--scenes", type=int, default=40_000, help="how many to draw (default 40000)")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu (default) or cuda")

@@ -1,6 +1,5 @@
 """`python -m minibooth.generate` leaves pictures that say how to draw them again; its mistakes take one line."""
 
-import runpy
 
 import numpy as np
 import pytest
@@ -173,7 +172,7 @@ def test_the_best_device_is_taken_unless_one_is_named(monkeypatch, cuda, mps, be
 
 
 def test_the_package_lists_its_commands(capsys):
-    runpy.run_module("minibooth", run_name="__main__")
+    __main__.main()
     listed = capsys.readouterr().out
     for name, line in dict(__main__.commands()).items():
         assert f"python -m minibooth.{name}" in listed and line and line in listed

@@ -348,7 +348,7 @@ def test_diffusers_opens_what_was_saved_without_a_complaint(checkpoint, copy_of,
         opened = pipeline.from_pretrained(tmp_path / "saved")
     said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     said += [text for text in caplog.messages if "missing" in text.lower() or "unexpected" in text.lower()]
-    assert not said
+    assert not [text for text in said if "torchvision" not in text]  # of which transformers complains once, on import
     for name in ("unet", "vae"):
         assert_equal(dict(getattr(opened, name).state_dict()), dict(getattr(pipe, name).state_dict()))
     theirs = {key: x for key, x in opened.text_encoder.state_dict().items() if "position_ids" not in key}

@@ -163,7 +163,7 @@ def test_half_precision_changes_little_and_keeps_the_dtype():
 
 UNSUPPORTED = [
     (UNetConfig, UNET, "class_embed_type", "timestep"),
-    (UNetConfig, UNET, "addition_embed_type", "text_time"),
+    (UNetConfig, UNET, "addition_embed_type", "image"),
     (UNetConfig, UNET, "flip_sin_to_cos", False),
     (UNetConfig, UNET, "resnet_time_scale_shift", "scale_shift"),
     (UNetConfig, UNET, "mid_block_type", None),
