@@ -64,6 +64,10 @@ class UNetConfig(Config):
     addition_time_embed_dim: int = 256
     projection_class_embeddings_input_dim: int = 2816
 
+    def __post_init__(self) -> None:
+        if self.addition_embed_type not in (None, "text_time"):
+            raise UserError(f"UNet2DConditionModel: addition_embed_type={self.addition_embed_type!r} is not supported")
+
     def per_level(self, value: int | tuple[int, ...]) -> tuple[int, ...]:
         """A setting that may be one for all levels, spread over them."""
         return (value,) * len(self.block_out_channels) if isinstance(value, int) else value

@@ -56,8 +56,6 @@ class UNet(nn.Module):
         self.time_embedding = TimestepEmbedding(widths[0], time_width)
         if config.addition_embed_type == "text_time":
             self.add_embedding = TimestepEmbedding(config.projection_class_embeddings_input_dim, time_width)
-        elif config.addition_embed_type:
-            raise UserError(f"UNet2DConditionModel: addition_embed_type={config.addition_embed_type!r} is not supported")
 
         self.down_blocks = nn.ModuleList()
         skips = [widths[0]]  # channels of the states that the way up will read
