@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from minibooth import command
-from minibooth.dreambooth.hub import push
+from minibooth.dreambooth import hub
 from minibooth.dreambooth.settings import Settings
 from minibooth.dreambooth.trainer import Trainer
 
@@ -33,9 +33,11 @@ def main(argv: Sequence[str]) -> None:
     precision = settings.prior_generation_precision or ("fp16" if device.type == "cuda" else "fp32")
     trainer = Trainer(settings, device, command.DTYPES[settings.mixed_precision or "no"], command.DTYPES[precision])
     print("\n".join(f"{name:>10}  {value}" for name, value in trainer.summary()), flush=True)
+    repository = hub.reserve(settings) if settings.push_to_hub else None
     trainer.train()
-    if settings.push_to_hub:
-        print(f"uploaded to {push(settings)}")
+    if repository:
+        hub.push(settings, repository)
+        print(f"uploaded to {repository}")
     prompt = f"{settings.instance_prompt} in the snow"
     print(f'draw with it:  python -m minibooth.generate --model {settings.output_dir} --prompt "{prompt}"')
 

@@ -7,7 +7,7 @@ from hub_standin import serving
 from huggingface_hub import ModelCard, constants
 from small_run import flags, photographs, run, small, train, weights
 
-from minibooth.dreambooth.hub import model_card, push
+from minibooth.dreambooth.hub import model_card, push, reserve
 from minibooth.dreambooth.settings import Settings
 from minibooth.errors import UserError
 
@@ -47,7 +47,9 @@ def test_the_command_pushes_when_it_has_trained(hub, tmp_path, capsys):
 def test_the_whole_pipeline_arrives_with_its_card_and_nothing_else(hub, trained):
     folder = Path(trained.output_dir)
     (folder / ".unfinished").write_text("half")
-    assert push(trained) == f"{hub.endpoint}/owner/sks-dog"
+    repository = reserve(trained)
+    assert repository == f"{hub.endpoint}/owner/sks-dog"
+    push(trained, repository)
     arrived = hub.repositories["owner/sks-dog"]
     private = (".unfinished", "checkpoint-1", "class", "run.json", "metrics.jsonl")
     assert all((folder / name).exists() for name in private)
@@ -57,12 +59,13 @@ def test_the_whole_pipeline_arrives_with_its_card_and_nothing_else(hub, trained)
 
 
 def test_a_second_push_goes_to_the_same_repository(hub, trained):
-    assert push(trained) == push(trained)
+    for _ in range(2):
+        push(trained, reserve(trained))
     assert hub.repositories.keys() == {"owner/sks-dog"}
 
 
 def test_without_a_name_the_folder_gives_one(hub, trained):
-    push(Settings(**vars(trained) | {"hub_model_id": None}))
+    reserve(Settings(**vars(trained) | {"hub_model_id": None}))
     assert hub.repositories.keys() == {"me/output"}
 
 
@@ -85,18 +88,24 @@ def test_the_card_names_a_base_model_of_the_hub(trained):
 
 
 @pytest.mark.parametrize("refusal", [401, 403])
-def test_a_refusal_ends_in_one_line_and_the_model_stays(refusal, hub, tmp_path, capsys):
+def test_a_refusal_comes_before_the_training(refusal, hub, tmp_path, capsys):
     hub.refusal = refusal
     settings = small(tmp_path, max_train_steps=1, push_to_hub=True, hub_model_id="owner/sks-dog", hub_token="hf_wrong")
     assert run(flags(settings)) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith(f"minibooth.train: error: the model is in {settings.output_dir}")
+    assert last.startswith("minibooth.train: error: owner/sks-dog cannot be uploaded to")
     assert str(refusal) in last and "--hub_token" in last and "hf_wrong" not in last
-    assert weights(tmp_path / "output").keys() == weights(Path(settings.pretrained_model_name_or_path)).keys()
+    assert not (tmp_path / "output").exists()
 
 
-def test_a_hub_out_of_reach_is_told_in_one_line(hub, trained, monkeypatch):
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match="could not be uploaded") as error:
-        push(trained)
+@pytest.mark.parametrize("trouble", ["refusal", "out of reach"])
+def test_a_failed_upload_is_told_in_one_line_and_the_model_stays(trouble, hub, trained, monkeypatch):
+    repository = reserve(trained)
+    if trouble == "refusal":
+        hub.refusal = 403
+    else:
+        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=f"the model is in {trained.output_dir}, but could not be uploaded") as error:
+        push(trained, repository)
     assert "\n" not in str(error.value)
+    assert weights(Path(trained.output_dir)).keys() == weights(Path(trained.pretrained_model_name_or_path)).keys()

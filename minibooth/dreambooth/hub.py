@@ -1,6 +1,8 @@
 """Uploading a result to the hub, with a model card that says what it is."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub
@@ -46,21 +48,35 @@ def model_card(settings: Settings, name: str) -> str:
     )
 
 
-def push(settings: Settings) -> str:
-    """Upload --output_dir to --hub_model_id, made if need be; returns its address. Raises UserError if that fails."""
-    folder = Path(settings.output_dir)
-    api = huggingface_hub.HfApi(token=settings.hub_token)
+@contextlib.contextmanager
+def refusals(what: str) -> Iterator[None]:
+    """Whatever goes wrong with the hub inside becomes a UserError that says what had been wanted."""
     try:
-        repository = api.create_repo(settings.hub_model_id or folder.resolve().name, exist_ok=True)
+        yield
+    except Exception as error:  # the hub's, the disk's, or of the HTTP library, which differs by version
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{what} ({reason}); see --hub_token") from None
+
+
+def reserve(settings: Settings) -> huggingface_hub.RepoUrl:
+    """Make the repository of --hub_model_id (or of the output folder's name) if need be, before hours go into its content.
+
+    Returns its address. Raises UserError where the hub refuses or is not there.
+    """
+    name = settings.hub_model_id or Path(settings.output_dir).resolve().name
+    with refusals(f"{name} cannot be uploaded to"):
+        return huggingface_hub.HfApi(token=settings.hub_token).create_repo(name, exist_ok=True)
+
+
+def push(settings: Settings, repository: huggingface_hub.RepoUrl) -> None:
+    """Upload --output_dir with a model card. Raises UserError if that fails."""
+    folder = Path(settings.output_dir)
+    with refusals(f"the model is in {folder}, but could not be uploaded"):
         with files.replacing(folder / "README.md") as temporary:
             temporary.write_text(model_card(settings, repository.repo_id))
-        api.upload_folder(
+        huggingface_hub.HfApi(token=settings.hub_token).upload_folder(
             repo_id=repository.repo_id,
             folder_path=folder,
             commit_message="End of training",
             ignore_patterns=[*NOT_UPLOADED],
         )
-    except Exception as error:  # the hub's, the disk's, or of the HTTP library, which differs by version
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"the model is in {folder}, but could not be uploaded ({reason}); see --hub_token") from None
-    return str(repository)
