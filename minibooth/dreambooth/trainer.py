@@ -32,6 +32,7 @@ from minibooth.diffusion.images import grid, save_png
 from minibooth.diffusion.noise import generator
 from minibooth.diffusion.text_to_image import Condition
 from minibooth.dreambooth.data import find_pictures
+from minibooth.dreambooth.identifier import doubts
 from minibooth.dreambooth.journal import Journal
 from minibooth.dreambooth.latents import Latents
 from minibooth.dreambooth.objective import dreambooth_loss
@@ -258,7 +259,8 @@ class Trainer:
             rows.append(("", f"{len(self.prior.missing)} of them are drawn first, to {self.prior.folder}"))
         if self.skipped:
             rows.append(("skipped", ", ".join(path.name for path in self.skipped)))
-        return rows + [("note", note) for note in s.notes()]
+        notes = [*s.notes(), *doubts(self.pipe.tokenizer, s.instance_prompt, s.class_prompt)]
+        return rows + [("note", note) for note in notes]
 
 
 def recompute_activations(module: nn.Module) -> None:

@@ -1,0 +1,61 @@
+"""Identifiers: single, late, short words whose embeddings training has hardly moved; and what to doubt in a chosen one."""
+
+import json
+
+import pytest
+import torch
+from conftest import vocabulary
+
+from minibooth import command, identifiers
+from minibooth.dreambooth.identifier import RARE, doubts, rare_words
+from minibooth.models.tokenizer import Tokenizer
+
+WORDS = ["photo", "of", "dog", "cat", "sks", "zwx", "olis", "q", "longer", "qiv"]  # merged in this order
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Bytes and, after them, WORDS; each merged letter by letter."""
+    merges, vocab = [], [*(token for token in vocabulary() if len(token.removesuffix("</w>")) == 1)]
+    for word in WORDS:
+        parts = [*word[:-1], word[-1] + "</w>"]
+        while len(parts) > 1:
+            merges.append(" ".join(parts[:2]))
+            parts[:2] = ["".join(parts[:2])]
+            vocab.append(parts[0])
+    vocab = list(dict.fromkeys([*vocab, "<|startoftext|>", "<|endoftext|>"]))
+    numbers = json.dumps({token: i for i, token in enumerate(vocab)}).encode()
+    return Tokenizer.from_files({"vocab.json": numbers, "merges.txt": "\n".join(dict.fromkeys(merges)).encode()})
+
+
+def test_rare_words_are_short_late_single_tokens_and_the_least_moved_come_first(tokenizer):
+    vocab = tokenizer.backend.get_vocab()
+    embeddings = torch.zeros(len(vocab), 4)
+    embeddings[:, 0] = torch.linspace(-1, 1, len(vocab))
+    found = rare_words(tokenizer, embeddings)
+    expected = {word for word in ("zwx", "olis", "qiv", "cat", "dog") if vocab[word + "</w>"] > RARE * len(vocab)}
+    assert {each.word for each in found} == expected and {"zwx", "olis", "qiv"} <= expected
+    assert [each.moved for each in found] == sorted(each.moved for each in found)
+    assert all(vocab[f"{each.word}</w>"] == each.token for each in found)
+
+
+@pytest.mark.parametrize(
+    "word, complaint",
+    [("zwx", None), ("sks", "a rifle"), ("xqzjk", "5 tokens"), ("a", None), ("dog", None)],
+)
+def test_doubts_are_about_the_identifier_alone(tokenizer, word, complaint):
+    found = list(doubts(tokenizer, f"a photo of {word} dog", "a photo of dog"))
+    assert len(found) == (complaint is not None)
+    assert complaint is None or complaint in found[0]
+
+
+def test_a_common_word_is_doubted(tokenizer):
+    assert "common word" in next(doubts(tokenizer, "b dog", "a dog"))
+
+
+def test_the_command_lists_words_of_a_checkpoint(sd1, capsys):
+    with pytest.raises(SystemExit) as end:
+        command.run(identifiers.main, ["identifiers.py", "--model", str(sd1), "--count", "3"])
+    assert end.value.code == 0
+    words = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert words and set(words) <= {"dog", "cat", "sks"} - {"sks"}
