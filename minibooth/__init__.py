@@ -6,3 +6,4 @@ Floors, from the ground: models, checkpoint, diffusion, dreambooth, and the comm
 from minibooth.diffusion import load as load
 from minibooth.diffusion.samplers import sample as sample
 from minibooth.diffusion.scheduler import DDPMScheduler as DDPMScheduler
+from minibooth.dreambooth.objective import dreambooth_loss as dreambooth_loss
