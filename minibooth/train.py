@@ -4,6 +4,7 @@ import dataclasses
 import sys
 import typing
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -12,6 +13,22 @@ from minibooth.dreambooth import hub
 from minibooth.dreambooth.settings import Settings
 from minibooth.dreambooth.trainer import Trainer
 
+WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
+EMBEDDED = {  # the run on the repository's own small model, where neither a model nor photographs are named
+    "pretrained_model_name_or_path": str(WEIGHTS / "tiny"),
+    "instance_data_dir": str(WEIGHTS / "subject" / "robot"),
+    "instance_prompt": "a photo of a sks robot",
+    "class_prompt": "a photo of a robot",
+    "with_prior_preservation": True,
+    "num_class_images": 48,
+    "sample_batch_size": 16,
+    "resolution": 64,
+    "max_train_steps": 200,
+    "learning_rate": 1e-4,
+    "lr_warmup_steps": 0,
+    "validation_prompt": "a photo of a sks robot in the snow | a photo of a sks robot wearing a crown on the beach",
+    "seed": 0,
+}
 EPILOGUE = "The flags are those of diffusers' train_dreambooth.py, with its spelling (- and _ are alike) and its defaults."
 
 
@@ -25,9 +42,17 @@ def parse(argv: Sequence[str]) -> Settings:
     return Settings(**vars(parser.parse_args(command.normalise(argv))))
 
 
+def embedded(settings: Settings) -> Settings:
+    """What was left at its default replaced by EMBEDDED, if neither a model nor photographs are named."""
+    if settings.pretrained_model_name_or_path or settings.instance_data_dir:
+        return settings
+    untouched = [f.name for f in dataclasses.fields(Settings) if getattr(settings, f.name) == f.default]
+    return dataclasses.replace(settings, **{name: EMBEDDED[name] for name in untouched if name in EMBEDDED})
+
+
 def main(argv: Sequence[str]) -> None:
     """Train as the command line says, and leave the result in --output_dir."""
-    settings = parse(argv)
+    settings = embedded(parse(argv))
     device = command.device(settings.device)
     torch.backends.cuda.matmul.allow_tf32 = settings.allow_tf32
     precision = settings.prior_generation_precision or ("fp16" if device.type == "cuda" else "fp32")

@@ -194,6 +194,24 @@ def test_the_commands_of_diffusers_readme_run_as_they_stand(name, tmp_path, sd1,
     assert last.endswith(f'python -m minibooth.generate --model {tmp_path / "model"} --prompt "a photo of sks dog in the snow"')
 
 
+# ---- the embedded model
+
+
+def test_without_a_model_and_photographs_the_embedded_ones_are_taken(tmp_path, monkeypatch, capsys):
+    """And what is said on the command line holds all the same."""
+    fields = vars(small(tmp_path, max_train_steps=7, learning_rate=0.5))
+    monkeypatch.setattr(train, "EMBEDDED", {name: fields[name] for name in train.EMBEDDED if name in fields})
+    monkeypatch.setitem(train.EMBEDDED, "with_prior_preservation", False)
+    output = tmp_path / "output"
+    assert run(["--device=cpu", f"--output_dir={output}", "--max_train_steps=1", "--learning_rate=0"]) == 0
+    assert (output / "model_index.json").exists() and len((output / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_photographs_without_a_model_are_a_mistake(tmp_path, capsys):
+    assert run([f"--instance_data_dir={tmp_path}"]) == 2
+    assert "--pretrained_model_name_or_path is missing" in capsys.readouterr().err
+
+
 # ---- what is left
 
 
