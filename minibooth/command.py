@@ -46,6 +46,20 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; {self.prog} --help lists the flags")
 
 
+def lora_flags(parser: Parser) -> None:
+    """The flags that name LoRAs: see `loras`."""
+    parser.add_argument("--lora", nargs="+", default=[], metavar="L", help="LoRAs: files of diffusers' or kohya's, or folders")
+    parser.add_argument("--lora_weight", nargs="+", type=float, metavar="W", help="the strength of all, or of each [1]")
+
+
+def loras(flags: argparse.Namespace) -> list[tuple[str, float]]:
+    """The LoRAs and their strengths. Raises UserError where the numbers of the two do not fit."""
+    given, count = flags.lora_weight or [1.0], len(flags.lora)
+    if len(given) not in (1, count) or (flags.lora_weight and not count):
+        raise UserError(f"--lora_weight has {len(given)} strengths for {count} LoRAs: give one, or one for each")
+    return list(zip(flags.lora, given * count if len(given) == 1 else given, strict=True))
+
+
 def normalise(argv: Sequence[str]) -> list[str]:
     """Long flags with underscores: --num-images=4 becomes --num_images=4; values stay as they are."""
     flags = [word.partition("=") if word.startswith("--") else ("", "", word) for word in argv]

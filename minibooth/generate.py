@@ -27,8 +27,9 @@ def parser() -> command.Parser:
     add(
         "--model",
         default=str(EMBEDDED),
-        help="a folder in the diffusers layout or owner/name on the hub [embedded model]",
+        help="a folder in the diffusers layout, a single file, or owner/name on the hub [embedded model]",
     )
+    command.lora_flags(parser)
     add("--prompt", nargs="+", required=True, metavar="P", help="what to draw, one or several")
     add("--negative_prompt", default="", metavar="P", help="what to steer away from")
     add("--num_images", type=int, default=1, metavar="N", help="pictures of each prompt [1]")
@@ -44,12 +45,13 @@ def parser() -> command.Parser:
     add("--width", type=int, help="in pixels, divisible by 8 [the model's own]")
     add("--steps", type=int, default=50, help="of the sampler [50]")
     add("--guidance_scale", type=float, default=7.5, help="how strictly to follow the prompt; 1 turns it off [7.5]")
-    add("--sampler", choices=[*SAMPLERS], default="ddim", help="[ddim]")
+    add("--sampler", choices=[*SAMPLERS], help="[ddim; for XL euler]")
     add("--batch_size", type=int, default=4, help="pictures drawn at a time; no picture depends on it [4]")
     add("--dtype", choices=["fp32", "fp16", "bf16"], help="what the networks compute in [fp16 on cuda, otherwise fp32]")
     add("--device", help="cuda, mps or cpu [the best there]")
     add("--variant", help="of the weights' files, such as fp16")
     add("--revision", help="of a model on the hub: branch, tag or commit")
+    add("--tokenizer", metavar="D", help="folder with CLIP's vocabulary, for a single file [tokenizer/ beside it, or the hub]")
     add("--prediction_type", choices=["epsilon", "v_prediction"], help="overrules what the model's scheduler says")
     return parser
 
@@ -63,7 +65,10 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"the embedded model is not in {EMBEDDED}; name another with --model")
     device = command.device(flags.device)
     dtype = command.DTYPES[flags.dtype or ("fp16" if device.type == "cuda" else "fp32")]
-    pipe = load(flags.model, dtype, device, flags.variant, flags.prediction_type, flags.revision)
+    pipe = load(flags.model, dtype, device, flags.variant, flags.prediction_type, flags.revision, flags.tokenizer)
+    flags.sampler = flags.sampler or pipe.sampler
+    for lora, weight in command.loras(flags):
+        pipe.load_lora(lora, weight)
 
     prompts = [prompt for prompt in flags.prompt for _ in range(flags.num_images)]
     seed = secrets.randbits(32) if flags.seed is None else flags.seed
@@ -102,10 +107,12 @@ def metadata(flags: argparse.Namespace, prompt: str, seed: int, size: tuple[int,
         "Model": Path(flags.model).name,
     }
     negative = f"\nNegative prompt: {flags.negative_prompt}" if flags.negative_prompt else ""
-    parameters = f"{prompt}{negative}\n" + ", ".join(f"{key}: {value}" for key, value in a1111.items())
+    loras = "".join(f" <lora:{Path(path).stem}:{weight:g}>" for path, weight in command.loras(flags))
+    parameters = f"{prompt}{loras}{negative}\n" + ", ".join(f"{key}: {value}" for key, value in a1111.items())
     own = dict(
         prompt=prompt, negative_prompt=flags.negative_prompt, seed=seed, steps=flags.steps, sampler=flags.sampler,
         guidance_scale=flags.guidance_scale, width=size[0], height=size[1], model=flags.model, software="minibooth",
+        **({"lora": loras.strip()} if loras else {}),
     )  # fmt: skip
     return {key: str(value) for key, value in own.items()} | {"parameters": parameters}
 

@@ -14,7 +14,9 @@ from minibooth.dreambooth.settings import Settings
 from minibooth.dreambooth.trainer import Trainer
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
-EMBEDDED = {  # the run on the repository's own small model, where neither a model nor photographs are named
+EMBEDDED: dict[
+    str, typing.Any
+] = {  # the run on the repository's own small model, where neither a model nor photographs are named
     "pretrained_model_name_or_path": str(WEIGHTS / "tiny"),
     "instance_data_dir": str(WEIGHTS / "subject" / "robot"),
     "instance_prompt": "a photo of a sks robot",
@@ -43,8 +45,9 @@ def parse(argv: Sequence[str]) -> Settings:
 
 
 def embedded(settings: Settings) -> Settings:
-    """What was left at its default replaced by EMBEDDED, if neither a model nor photographs are named."""
-    if settings.pretrained_model_name_or_path or settings.instance_data_dir:
+    """What was left at its default replaced by EMBEDDED, if it is there and neither a model nor photographs are named."""
+    there = Path(EMBEDDED["pretrained_model_name_or_path"]).is_dir()
+    if settings.pretrained_model_name_or_path or settings.instance_data_dir or not there:
         return settings
     untouched = [f.name for f in dataclasses.fields(Settings) if getattr(settings, f.name) == f.default]
     return dataclasses.replace(settings, **{name: EMBEDDED[name] for name in untouched if name in EMBEDDED})
@@ -64,7 +67,8 @@ def main(argv: Sequence[str]) -> None:
         hub.push(settings, repository)
         print(f"uploaded to {repository}")
     prompt = f"{settings.instance_prompt} in the snow"
-    print(f'draw with it:  python -m minibooth.generate --model {settings.output_dir} --prompt "{prompt}"')
+    model = f"{settings.pretrained_model_name_or_path} --lora {settings.output_dir}" if settings.rank else trainer.result
+    print(f'draw with it:  python -m minibooth.generate --model {model} --prompt "{prompt}"')
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The judge of what the tiny Stable Diffusion draws: a classifier of class, colour, pattern, place and accessory.
 
-    python scripts/judge.py train --judge DIR
+    python scripts/judge.py train --out DIR
     python scripts/judge.py score --judge DIR --model weights/tiny
 
 It learns from rendered scenes of its own seeds, softened and with noise as a VAE leaves them, and never meets the model
@@ -72,8 +72,7 @@ def in_unit(images: Tensor) -> Tensor:
 def labels(scenes: list[Scene]) -> dict[str, Tensor]:
     """For each attribute [N], the number of the scene's value in its table."""
     return {
-        name: torch.tensor([list(table).index(getattr(scene, name)) for scene in scenes])
-        for name, table in ATTRIBUTES.items()
+        name: torch.tensor([list(table).index(getattr(scene, name)) for scene in scenes]) for name, table in ATTRIBUTES.items()
     }
 
 
@@ -148,13 +147,14 @@ def score(folder: Path, model: Path, count: int, steps: int, guidance: float) ->
         captions = [scene.caption() for scene in asked[i : i + BATCH]]
         with torch.autocast("cpu", torch.bfloat16):
             drawn += pipe.generate(captions, steps=steps, guidance_scale=guidance, seed=i)
-    yield " | ".join([f"{'':14}", *(f"{name:>9}" for name in ATTRIBUTES)])
-    for title, x, scenes, named in (
-        ("rendered", real, held_out, False),
-        ("through VAE", soft, held_out, False),
-        (f"drawn, {steps} steps", torch.stack([to_tensor(image) for image in drawn]), asked, True),
-    ):
-        yield " | ".join([f"{title:14}", *(f"{x:9.1%}" for x in accuracy(judge, x, scenes, named).values())])
+    rows = {
+        "rendered": accuracy(judge, real, held_out),
+        "through the VAE": accuracy(judge, soft, held_out),
+        f"drawn, {steps} steps": accuracy(judge, torch.stack([to_tensor(image) for image in drawn]), asked, said=True),
+    }
+    yield " | ".join([f"{'':15}", *(f"{name:>9}" for name in ATTRIBUTES)])
+    for title, shares in rows.items():
+        yield " | ".join([f"{title:15}", *(f"{share:9.1%}" for share in shares.values())])
     psnr = -10 * (0.25 * (real - soft).square().mean(dim=(1, 2, 3))).log10().mean()
     yield f"VAE: {psnr:.2f} dB PSNR over {count} held-out scenes; guidance {guidance:g}"
 
@@ -165,17 +165,17 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train", help="train the judge, a few minutes on two cores")
     scoring = commands.add_parser("score", help="judge a model's pictures")
-    for command in (training, scoring):
-        command.add_argument("--judge", type=Path, required=True, help="folder of judge.safetensors")
+    training.add_argument("--out", type=Path, required=True, help="folder for judge.safetensors")
     training.add_argument("--scenes", type=int, default=12_000)
     training.add_argument("--epochs", type=int, default=8)
+    scoring.add_argument("--judge", type=Path, required=True, help="folder of judge.safetensors")
     scoring.add_argument("--model", type=Path, required=True, help="folder in the diffusers layout")
     scoring.add_argument("--scenes", type=int, default=500)
     scoring.add_argument("--steps", type=int, default=25)
     scoring.add_argument("--guidance-scale", type=float, default=4.0)
     args = parser.parse_args()
     if args.command == "train":
-        train(args.judge, args.scenes, args.epochs)
+        train(args.out, args.scenes, args.epochs)
     else:
         print(*score(args.judge, args.model, args.scenes, args.steps, args.guidance_scale), sep="\n")
 

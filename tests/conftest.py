@@ -1,7 +1,7 @@
 """Small Stable Diffusions that the tests make themselves: published configurations, narrow, with random weights.
 
-`sd1` and `sd2` are folders in the diffusers layout, shared by the whole session: read them, and change only what
-`copy_of(folder)` gives. `checkpoint` is either of them in turn.
+`sd1`, `sd2` and `sdxl` are folders in the diffusers layout, shared by the whole session: read them, and change only what
+`copy_of(folder)` gives. `checkpoint` is either of the first two in turn.
 """
 
 import json
@@ -72,6 +72,33 @@ SD2 = {
     "model_index": dict(scheduler=["diffusers", "DDIMScheduler"]),
 }  # fmt: skip
 
+# What Stable Diffusion XL says otherwise: three levels, two text encoders, pooled and size conditioning.
+SDXL = {
+    "unet": dict(
+        addition_embed_type="text_time", addition_time_embed_dim=8, attention_head_dim=[1, 2, 4],
+        block_out_channels=[16, 32, 32], cross_attention_dim=56,
+        down_block_types=["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
+        projection_class_embeddings_input_dim=68, sample_size=12, transformer_layers_per_block=[1, 1, 2],
+        up_block_types=["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"], use_linear_projection=True,
+    ),
+    "vae": dict(force_upcast=True, scaling_factor=0.13025),
+    "text_encoder": {},
+    "text_encoder_2": dict(
+        architectures=["CLIPTextModelWithProjection"], hidden_act="gelu", hidden_size=32, intermediate_size=128,
+        num_hidden_layers=2, projection_dim=20,
+    ),
+    "scheduler": dict(
+        _class_name="EulerDiscreteScheduler", interpolation_type="linear", prediction_type="epsilon",
+        sample_max_value=1.0, timestep_spacing="leading", use_karras_sigmas=False,
+    ),
+    "tokenizer_2": dict(pad_token="!"),
+    "model_index": dict(
+        _class_name="StableDiffusionXLPipeline", force_zeros_for_empty_prompt=True,
+        scheduler=["diffusers", "EulerDiscreteScheduler"],
+        text_encoder_2=["transformers", "CLIPTextModelWithProjection"], tokenizer_2=["transformers", "CLIPTokenizer"],
+    ),
+}  # fmt: skip
+
 
 def randomise(network: nn.Module, seed: int) -> None:
     """Weights that keep a signal's size and mix it thoroughly, so that every one of them shows in the output."""
@@ -105,20 +132,26 @@ def write_json(path: Path, content: dict) -> None:
 def make_checkpoint(folder: Path, changes: dict[str, dict], seed: int) -> Path:
     """Write a small Stable Diffusion 1; `changes`: by component, what its configuration says otherwise."""
     vocab = vocabulary()
-    said = {"unet": UNET, "vae": VAE_CONFIG, "text_encoder": TEXT_ENCODER | {"vocab_size": len(vocab)}}
+    text = TEXT_ENCODER | {"vocab_size": len(vocab)}
+    said = {"unet": UNET, "vae": VAE_CONFIG, "text_encoder": text, "text_encoder_2": text}
     kinds = {"unet": (UNet, UNetConfig), "vae": (VAE, VAEConfig), "text_encoder": (CLIPText, CLIPTextConfig)}
+    kinds |= {"text_encoder_2": kinds["text_encoder"]} if "text_encoder_2" in changes else {}
     for i, (name, (network, config)) in enumerate(kinds.items()):
         said[name] = said[name] | changes.get(name, {})
         write_json(folder / name / "config.json", said[name])
         made = network(config.from_dict(said[name]))
         randomise(made, seed + i)
-        stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
+        stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
         save_file(made.state_dict(), folder / name / f"{stem}.safetensors", metadata={"format": "pt"})
     write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER | changes.get("scheduler", {}))
-    write_json(folder / "tokenizer" / "tokenizer_config.json", TOKENIZER | changes.get("tokenizer", {}))
-    write_json(folder / "tokenizer" / "vocab.json", vocab)
-    (folder / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES]) + "\n")
-    write_json(folder / "model_index.json", MODEL_INDEX | changes.get("model_index", {}))
+    for name in (name.replace("text_encoder", "tokenizer") for name in kinds if name.startswith("text_encoder")):
+        write_json(folder / name / "tokenizer_config.json", TOKENIZER | changes.get(name, {}))
+        write_json(folder / name / "vocab.json", vocab)
+        (folder / name / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES]) + "\n")
+    index = MODEL_INDEX | changes.get("model_index", {})
+    if "text_encoder_2" in kinds:
+        index = {key: value for key, value in index.items() if "safety" not in key}
+    write_json(folder / "model_index.json", index)
     return folder
 
 
@@ -132,6 +165,12 @@ def sd1(tmp_path_factory) -> Path:
 def sd2(tmp_path_factory) -> Path:
     """A folder like Stable Diffusion 2.1's, of about 500,000 parameters; draws 96 x 96 pixels."""
     return make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "sd2", SD2, seed=20)
+
+
+@pytest.fixture(scope="session")
+def sdxl(tmp_path_factory) -> Path:
+    """A folder like Stable Diffusion XL's, of about 500,000 parameters; draws 96 x 96 pixels."""
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "sdxl", SDXL, seed=40)
 
 
 @pytest.fixture(scope="session", params=["sd1", "sd2"])

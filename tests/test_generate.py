@@ -1,6 +1,5 @@
 """`python -m minibooth.generate` leaves pictures that say how to draw them again; its mistakes take one line."""
 
-
 import numpy as np
 import pytest
 import torch

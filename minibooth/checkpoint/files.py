@@ -3,40 +3,51 @@ is written appears under its name only when it is whole.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
+import operator
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from minibooth.errors import UserError
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+DTYPES = {  # as files call them
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+Recipe = Callable[[Mapping[str, Tensor]], Tensor]
 
 
 class Tensors(Mapping[str, Tensor]):
-    """The tensors of one or several safetensors files as a mapping from name to tensor, each mapped from disk when asked for.
+    """The tensors of one or several safetensors files as a mapping from name to tensor, each read when asked for.
 
-    The files stay open, so they can be read even after somebody has moved or replaced them.
+    The files stay open, so they can be read even after somebody has moved or replaced them. `mapped` tensors cost nothing
+    until they are used, but all of a file that was looked at counts as memory of the process; others are copies.
     """
 
-    def __init__(self, files: list[Path]):
+    def __init__(self, files: list[Path], mapped: bool = True):
         self._owner: dict[str, Any] = {}
+        self.metadata: dict[str, str] = {}
         for path in files:
             try:
-                handle = safetensors.safe_open(path, framework="pt")
+                handle = safetensors.safe_open(path, framework="pt", backend="mmap" if mapped else "pread")
             except (safetensors.SafetensorError, OSError) as error:
                 raise UserError(f"{path} is not a whole safetensors file ({error}); download or convert it again") from None
             self._owner |= dict.fromkeys(handle.keys(), handle)
+            self.metadata |= handle.metadata() or {}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._owner[name].get_tensor(name)
@@ -47,24 +58,49 @@ class Tensors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._owner)
 
+    @functools.cached_property
+    def meta(self) -> dict[str, Tensor]:
+        """Dtypes and shapes, as tensors on meta."""
+        headers = {name: handle.get_slice(name) for name, handle in self._owner.items()}
+        if unknown := [name for name, header in headers.items() if header.get_dtype() not in DTYPES]:
+            raise UserError(f"{unknown[0]} is stored as {headers[unknown[0]].get_dtype()}; supported: {', '.join(DTYPES)}")
+        return {n: torch.empty(h.get_shape(), dtype=DTYPES[h.get_dtype()], device="meta") for n, h in headers.items()}
 
-class Renamed(Mapping[str, Tensor]):
-    """A mapping of tensors under other names: {name here: name there}."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], names: Mapping[str, str]):
-        self._tensors, self._names = tensors, names
+class View(Mapping[str, Tensor]):
+    """Tensors of another mapping under other names and in other forms: {name: how to make it of those}, when asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], recipes: Mapping[str, Recipe]):
+        self._tensors, self._recipes = tensors, recipes
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[self._names[name]]
+        return self._recipes[name](self._tensors)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._recipes)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._recipes)
+
+    @property
+    def meta(self) -> "View":
+        """The same of dtypes and shapes alone."""
+        return View(meta(self._tensors), self._recipes)
 
 
-def weights_of(folder: Path, stem: str, variant: str | None = None) -> Tensors:
+def renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> View:
+    """Tensors under other names: {name here: name there}."""
+    return View(tensors, {name: operator.itemgetter(there) for name, there in names.items()})
+
+
+def meta(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The same mapping with dtypes and shapes to look at, but nothing read: tensors on meta, or those in memory anyway."""
+    if isinstance(tensors, ChainMap):
+        return ChainMap(*map(meta, tensors.maps))  # type: ignore[arg-type]
+    return getattr(tensors, "meta", tensors)
+
+
+def weights_of(folder: Path, stem: str, variant: str | None = None, mapped: bool = True) -> Tensors:
     """Open `stem[.variant].safetensors` of a folder, or the shards that its index lists.
 
     Raises UserError where there is none (naming the variants or the pickle found instead), where a shard is missing or lies
@@ -73,7 +109,7 @@ def weights_of(folder: Path, stem: str, variant: str | None = None) -> Tensors:
     infix = f".{variant}" if variant else ""
     single, index = folder / f"{stem}{infix}.safetensors", folder / f"{stem}.safetensors.index{infix}.json"
     if single.is_file():
-        return Tensors([single])
+        return Tensors([single], mapped)
     if index.is_file():
         names = read_json(index).get("weight_map")
         shards = sorted({str(name) for name in names.values()}) if isinstance(names, dict) else []
@@ -84,7 +120,7 @@ def weights_of(folder: Path, stem: str, variant: str | None = None) -> Tensors:
                 raise UserError(f"{index} points outside its folder ({shard}); do not use this checkpoint")
             if not (folder / shard).is_file():
                 raise UserError(f"{folder / shard} is missing, though {index.name} lists it; download it again")
-        return Tensors([folder / shard for shard in shards])
+        return Tensors([folder / shard for shard in shards], mapped)
     found = sorted(path.name for path in folder.glob("*") if path.suffix in {".safetensors", *PICKLES})
     if found and all(name.endswith(PICKLES) for name in found):
         raise UserError(f"{folder} holds only a pickle ({found[0]}), which is never opened here; convert it to safetensors")
@@ -111,14 +147,34 @@ def parse_json(data: bytes, name: Path | str) -> dict:
     return parsed
 
 
-def write_weights(path: Path, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor] | None = None) -> None:
-    """Write one safetensors file; each tensor in the dtype that `like` has it in."""
-    ready = {}
-    for name, tensor in tensors.items():
-        dtype = like[name].dtype if like and name in like else tensor.dtype
-        ready[name] = tensor.detach().to("cpu", dtype).contiguous()
-    with replacing(path) as temporary:
-        save_file(ready, temporary, metadata={"format": "pt"})
+def write_weights(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    like: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write one safetensors file, tensor by tensor: no more than one is read at a time.
+
+    Each gets the dtype that `like` has it in; a floating-point one gets `dtype`, where that is given.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    shapes, dtypes, end = meta(tensors), {}, 0
+    for name, tensor in shapes.items():
+        own = meta(like)[name].dtype if like and name in like else tensor.dtype
+        dtypes[name] = dtype if dtype and own.is_floating_point else own
+    order = sorted(shapes, key=lambda name: (-dtypes[name].itemsize, name))  # so that each starts at a multiple of its item's
+    for name in order:
+        start, end = end, end + shapes[name].numel() * dtypes[name].itemsize
+        code = next(code for code, known in DTYPES.items() if known == dtypes[name])
+        header[name] = {"dtype": code, "shape": [*shapes[name].shape], "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as temporary, open(temporary, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            data = tensors[name].detach().to("cpu", dtypes[name]).flatten().view(torch.uint8)
+            stream.write(data.numpy().data)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """A path or a hub name in, networks out, and back: the folder layout of diffusers, as every Stable Diffusion is published.
 
+An LDM single file is read as if it were such a folder, and either can be written (`ldm`).
+
     model_index.json   which classes the folder holds
     unet/  vae/        config.json and diffusion_pytorch_model[.variant].safetensors
     text_encoder/      config.json and model[.variant].safetensors
@@ -9,10 +11,12 @@
 Attribute names of our networks are the names in these files, so there is no table, but for names of the first years.
 """
 
+import contextlib
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import ChainMap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from minibooth.checkpoint import files
+from minibooth.checkpoint import files, ldm
 from minibooth.errors import UserError
 from minibooth.models.clip import CLIPText
 from minibooth.models.config import CLIPTextConfig, Config, UNetConfig, VAEConfig
@@ -48,6 +52,9 @@ KINDS = {  # what model_index.json may say, and what to read then
     "StableDiffusionXLPipeline": ("text_encoder", "text_encoder_2", "unet", "vae"),
 }
 SMALL_FILES = ("model_index.json", "*/*.json", "tokenizer*/*.txt")  # read into memory, written back as they were
+VOCABULARY = ("vocab.json", "merges.txt", "tokenizer.json")
+CLIP = "openai/clip-vit-large-patch14"  # has the vocabulary of all these models
+SCHEDULE = "scheduler/scheduler_config.json"
 
 # Names as files have them -> names as published today: a missing prefix, a buffer that became a constant, old attention.
 RENAMES = (
@@ -78,29 +85,100 @@ class Uninitialised(TorchFunctionMode):
 
 @dataclass
 class Source:
-    """What a pipeline was read from: its small files, and its weights by component, under today's names and still on disk."""
+    """What a pipeline was read from: its small files, and its weights by component, under today's names and still on disk.
+
+    `rest` and `metadata` are what a single file holds besides.
+    """
 
     name: str
     files: dict[str, bytes]
-    weights: dict[str, Mapping[str, Tensor]]
+    weights: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    rest: Mapping[str, Tensor] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, source: str | Path, variant: str | None = None, revision: str | None = None) -> "Source":
-        """Open a folder in the diffusers layout or a hub repository, "owner/name".
+    def open(
+        cls,
+        source: str | Path,
+        variant: str | None = None,
+        revision: str | None = None,
+        tokenizer: str | Path | None = None,
+        ema: bool = False,
+        prediction_type: str | None = None,
+        mapped: bool = True,
+    ) -> "Source":
+        """Open a folder in the diffusers layout, an LDM single file, or a hub repository, "owner/name".
 
-        Raises UserError where something is missing, damaged or of another kind, or cannot be had from the hub.
+        tokenizer: the folder to take the vocabulary from. ema: of a single file, the averaged weights. mapped: see
+        files.Tensors. Raises UserError where something is missing, damaged or of another kind, or cannot be had from the hub.
         """
+        path = Path(source)
+        if path.suffix == ".safetensors" and path.is_file():
+            return cls._of_file(path, tokenizer, ema, prediction_type, mapped)
+        if ema:
+            raise UserError(f"{source} is no single file: --ema means nothing there")
         folder = find(source, variant, revision)
         paths = sorted({path for pattern in SMALL_FILES for path in folder.glob(pattern)})
         small = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths if ".index." not in path.name}
-        self = cls(str(source), small, {})
+        self = cls(str(source), small)
         if self.kind not in KINDS:
             raise UserError(f"{source} is a {self.kind}; supported: {', '.join(KINDS)}")
+        if tokenizer:
+            self._take(vocabulary(path, tokenizer))
+        if prediction_type:
+            self._say(prediction_type)
         for name in KINDS[self.kind]:
-            tensors = files.weights_of(folder / name, COMPONENTS[name].stem, variant)
+            tensors = files.weights_of(folder / name, COMPONENTS[name].stem, variant, mapped)
             names = {published_name(key): key for key in tensors if not DROPPED.search(key)}
-            self.weights[name] = files.Renamed(tensors, names)
+            self.weights[name] = files.renamed(tensors, names)
         return self
+
+    @classmethod
+    def _of_file(
+        cls, path: Path, tokenizer: str | Path | None, ema: bool, prediction_type: str | None, mapped: bool
+    ) -> "Source":
+        tensors, metadata = ldm.open_file(path, ema, mapped)
+        known = prediction_type or ldm.predicts(tensors, metadata)
+        shapes = files.meta(tensors)
+        self = cls(str(path), ldm.describe(path, shapes, known or "epsilon"), metadata=metadata)
+        self._take(vocabulary(path, tokenizer))
+        places = {name: self.places(name) for name in KINDS[self.kind]}
+        self.weights = {name: ldm.read(where, tensors) for name, where in places.items()}
+        used = {each.name for where in places.values() for each in where.values()}
+        rest = [name for name in tensors if name not in used]
+        if unknown := [name for name in rest if name.startswith(ldm.UNET)]:
+            raise UserError(f"{path} has unexpected {unknown[0]} and {len(unknown) - 1} more; supported: {ldm.SUPPORTED}")
+        self.rest = files.renamed(tensors, {name: name for name in rest})
+        if not known:
+            self.files |= ldm.describe(path, shapes, self.measure())
+        return self
+
+    def _take(self, vocabulary: Mapping[str, bytes]) -> None:
+        """Give each tokenizer this vocabulary."""
+        folders = {path.split("/")[0] for path in self.files if path.startswith("tokenizer")}
+        self.files = {path: data for path, data in self.files.items() if path.split("/")[-1] not in VOCABULARY}
+        self.files |= {f"{folder}/{name}": data for folder in folders for name, data in vocabulary.items()}
+
+    def _say(self, prediction_type: str) -> None:
+        self.files[SCHEDULE] = json.dumps(self.json(SCHEDULE) | {"prediction_type": prediction_type}, indent=2).encode()
+
+    @torch.no_grad()
+    def measure(self) -> str:
+        """The prediction type of a model that does not say it, by its answer to pure noise at the last timestep.
+
+        There next to nothing is left of a picture: the best guess at the noise is the input itself, and the best guess at the
+        velocity, minus the picture, hardly depends on it. So the answer's share of the input is about 1 or about 0. In bf16,
+        and on a small latent: it need not be precise. Prints what was found.
+        """
+        context = self.build("text_encoder", torch.bfloat16)(self.tokenizer()([""]))
+        unet = self.build("unet", torch.bfloat16)
+        x = torch.randn((1, unet.config.in_channels, 32, 32), generator=torch.Generator().manual_seed(0))
+        last = self.json(SCHEDULE)["num_train_timesteps"] - 1
+        answer = unet(x.bfloat16(), last, context).float()
+        share = ((answer * x).sum() / x.square().sum()).item()
+        found = "epsilon" if share > 0.5 else "v_prediction"
+        print(f"{self.name} predicts {found} (its answer to noise holds {share:.2f} of it); --prediction_type overrules this")
+        return found
 
     @property
     def kind(self) -> str:
@@ -118,49 +196,87 @@ class Source:
         paths = {path: path.removeprefix(f"{folder}/") for path in self.files if path.startswith(f"{folder}/")}
         return Tokenizer.from_files({name: self.files[path] for path, name in paths.items()})
 
-    def build(self, name: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Any:
-        """The component's network with its weights, in eval mode. Raises UserError at the first name or shape that differs."""
-        component = COMPONENTS[name]
-        config = self.json(f"{name}/config.json")
+    def skeleton(self, name: str) -> Any:
+        """The component's network on meta. Raises UserError for a configuration that is not supported."""
+        component, config = COMPONENTS[name], self.json(f"{name}/config.json")
         try:
             with torch.device("meta"), Uninitialised():
-                network = component.network(component.config.from_dict(config))
+                return component.network(component.config.from_dict(config))
         except (TypeError, ValueError, LookupError) as error:
             raise UserError(f"{self.name}/{name}/config.json describes no network that is known here: {error}") from error
-        wanted, tensors = network.state_dict(), self.weights[name]
+
+    def places(self, name: str) -> dict[str, ldm.Place]:
+        """Where the component's tensors stand in a single file."""
+        return ldm.places(self.kind, name, self.skeleton(name))
+
+    def build(self, name: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Any:
+        """The component's network with its weights, in eval mode. Raises UserError at the first name or shape that differs."""
+        network = self.skeleton(name)
+        self.check(name, network)
+        state = {key: x.to(device, dtype) for key, x in self.weights[name].items()}
+        network.load_state_dict(state, strict=True, assign=True)
+        return network.eval()
+
+    def check(self, name: str, network: nn.Module) -> None:
+        """Raises UserError at the first name or shape of the component's weights that is not the network's."""
+        wanted, tensors = network.state_dict(), files.meta(self.weights[name])
         for kind, keys in (
             ("lacks", wanted.keys() - tensors.keys()),
             ("has unexpected", tensors.keys() - wanted.keys()),
         ):
             if keys:
                 raise UserError(f"{self.name}: {name} {kind} {min(keys)} and {len(keys) - 1} more; is it of another kind?")
-        state = {key: tensors[key] for key in wanted}
-        for key, tensor in state.items():
+        for key, tensor in tensors.items():
             if tensor.shape != wanted[key].shape:
                 shapes = f"{[*tensor.shape]}, where its config.json means {[*wanted[key].shape]}"
                 raise UserError(f"{self.name}: {name}'s {key} is {shapes}")
-        network.load_state_dict({key: x.to(device, dtype) for key, x in state.items()}, strict=True, assign=True)
-        return network.eval()
 
-    def save(self, folder: Path, networks: Mapping[str, nn.Module | None]) -> None:
-        """Write the folder again, with the weights of `networks` where given, and as they were read where not.
+    def save(self, path: Path, networks: Mapping[str, nn.Module | None], dtype: torch.dtype | None = None) -> None:
+        """Write everything again, with the weights of `networks` where given, and as they were read where not.
 
-        Every tensor gets the dtype it was read in, so that what was not trained comes back bit for bit. Parts that other
-        programs attach and we do not read, the safety checker for one, become null in model_index.json.
+        path: a folder, or x.safetensors for an LDM single file. Every tensor gets the dtype it was read in, or `dtype`, so
+        that what was not trained comes back bit for bit; of a single file in a single file, what we do not use does too.
+        Parts of a folder that we do not read, the safety checker for one, become null in model_index.json. Raises UserError
+        where what was read does not fit together.
         """
+        for name in self.weights:
+            self.check(name, self.skeleton(name))
+        given = {name: network for name, network in networks.items() if network is not None}
+        states = {name: given[name].state_dict() if name in given else read for name, read in self.weights.items()}
+        (self._save_file if path.suffix == ".safetensors" else self._save_folder)(path, states, dtype)
+
+    def save_vocabulary(self, folder: Path) -> None:
+        """Write tokenizer/, which is looked for beside a single file."""
+        (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
+        for path in (f"tokenizer/{name}" for name in VOCABULARY):
+            if path in self.files:
+                (folder / path).write_bytes(self.files[path])
+
+    def _save_folder(self, folder: Path, states: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype | None) -> None:
         index = self.json("model_index.json")
         kept = {path.split("/")[0] for path in self.files} - {"safety_checker", "image_encoder"}
         new = {key: [None, None] if isinstance(x, list) and key not in kept else x for key, x in index.items()}
         small = self.files | ({"model_index.json": json.dumps(new, indent=2).encode()} if new != index else {})
         with files.replacing(folder, merge=True) as temporary:
-            for path, data in small.items():
-                if path.split("/")[0] in kept:
-                    (temporary / path).parent.mkdir(parents=True, exist_ok=True)
-                    (temporary / path).write_bytes(data)
-            for name, read in self.weights.items():
-                network = networks.get(name)
-                state = network.state_dict() if network is not None else read
-                files.write_weights(temporary / name / f"{COMPONENTS[name].stem}.safetensors", state, like=read)
+            for name, data in small.items():
+                if name.split("/")[0] in kept:
+                    (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                    (temporary / name).write_bytes(data)
+            for name, state in states.items():
+                file = temporary / name / f"{COMPONENTS[name].stem}.safetensors"
+                files.write_weights(file, state, self.weights[name], dtype)
+
+    def _save_file(self, path: Path, states: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype | None) -> None:
+        places, schedule = {name: self.places(name) for name in states}, self.json(SCHEDULE)
+        marks = ldm.marks(schedule) if self.kind == "StableDiffusionXLPipeline" else {}
+        kept = {name: name for name in self.rest if name not in ldm.MARKS or name in marks}
+        rest = files.renamed(self.rest, kept), marks
+
+        def whole(parts: Mapping[str, Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+            return ChainMap(*(ldm.write(places[name], part) for name, part in parts.items()), *rest)  # type: ignore[arg-type]
+
+        says = {"modelspec.prediction_type": schedule.get("prediction_type", "epsilon").removesuffix("_prediction")}
+        files.write_weights(path, whole(states), whole(self.weights), dtype, {**self.metadata, **says})
 
 
 def find(source: str | Path, variant: str | None = None, revision: str | None = None) -> Path:
@@ -171,7 +287,7 @@ def find(source: str | Path, variant: str | None = None, revision: str | None = 
     if path.suffix in files.PICKLES:
         raise UserError(f"{path} is a pickle, which is never opened here; convert it to safetensors")
     if path.is_file():
-        raise UserError(f"{path} is a file; a folder in the diffusers layout is needed (model_index.json, unet/, vae/, ...)")
+        raise UserError(f"{path} is a file of unknown kind; a .safetensors file or a folder in the diffusers layout is needed")
     if path.is_dir():
         found = sorted(entry.name for entry in path.iterdir())[:6]
         what = "a LoRA, to be used with its base model" if "pytorch_lora_weights.safetensors" in found else "no checkpoint"
@@ -183,15 +299,49 @@ def find(source: str | Path, variant: str | None = None, revision: str | None = 
 
 def download(repository: str, variant: str | None, revision: str | None) -> Path:
     """A snapshot of a hub repository's files of one variant, through huggingface_hub and its cache (offline mode included)."""
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     infix = f".{variant}" if variant else ""
     patterns = list(SMALL_FILES)
     for name, component in COMPONENTS.items():
         patterns += [f"{name}/{component.stem}{infix}{end}.safetensors" for end in ("", "-?????-of-?????")]
     try:
-        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=patterns))
+        return snapshot(repository, patterns, revision)
+    except OSError as error:
+        raise UserError(f"{repository} is no folder here, and could not be had from the hub ({error})") from None
+
+
+def snapshot(repository: str, patterns: list[str], revision: str | None = None, cached: bool = False) -> Path:
+    """A hub repository's files; `cached`: only those already here. Raises OSError with the reason where it cannot be had."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        snapshot_download = huggingface_hub.snapshot_download
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, local_files_only=cached))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{repository} is no folder here, and could not be had from the hub ({reason})") from None
+        raise OSError(str(error).strip().splitlines()[0]) from None
+
+
+def vocabulary(path: Path, tokenizer: str | Path | None = None) -> dict[str, bytes]:
+    """The files of CLIP's vocabulary, name to content: of the folder `tokenizer`, or of the checkpoint there.
+
+    Where none is given, those in tokenizer/ beside `path`, then the hub's. Raises UserError where there are none.
+    """
+
+    def folders() -> Iterator[Path]:
+        if tokenizer:
+            yield from (Path(tokenizer), Path(tokenizer) / "tokenizer")
+            return
+        yield path.parent / "tokenizer"
+        for cached in (True, False):
+            with contextlib.suppress(OSError):
+                yield snapshot(CLIP, list(VOCABULARY), cached=cached)
+
+    for folder in folders():
+        found = {name: (folder / name).read_bytes() for name in VOCABULARY if (folder / name).is_file()}
+        if "tokenizer.json" in found or len(found) == 2:
+            return found
+    missing = "vocab.json and merges.txt, or tokenizer.json,"
+    if tokenizer:
+        raise UserError(f"{tokenizer} holds no vocabulary: {missing} are missing, there and in its folder tokenizer")
+    places = f"{path.parent / 'tokenizer'} and the hub's {CLIP}"
+    raise UserError(f"{path} needs CLIP's vocabulary: {missing} are missing in {places}; name their folder with --tokenizer")

@@ -17,11 +17,15 @@ def load(
     variant: str | None = None,
     prediction_type: str | None = None,
     revision: str | None = None,
+    tokenizer: str | Path | None = None,
+    ema: bool = False,
 ) -> StableDiffusion:
-    """A ready pipeline from a folder in the diffusers layout, from "owner/name" on the hub, or from an open Source.
+    """A ready pipeline from a folder in the diffusers layout, an LDM single file, "owner/name" on the hub, or an open Source.
 
-    variant: the infix of the files to read, such as fp16. prediction_type: overrules the folder's "epsilon" or
-    "v_prediction". revision: the hub's branch, tag or commit. Raises UserError for what cannot be opened.
+    variant: the infix of the files to read, such as fp16. prediction_type: overrules the checkpoint's "epsilon" or
+    "v_prediction". revision: the hub's branch, tag or commit. tokenizer: a folder with CLIP's vocabulary, which a single file
+    lacks. ema: of a single file, the averaged weights. Raises UserError for what cannot be opened.
     """
-    opened = source if isinstance(source, Source) else Source.open(source, variant, revision)
+    how = variant, revision, tokenizer, ema, prediction_type
+    opened = source if isinstance(source, Source) else Source.open(source, *how)
     return PIPELINES[opened.kind](opened, dtype, device, prediction_type)

@@ -7,8 +7,9 @@ its batch and of the number of processes.
 B is the batch size.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +29,14 @@ def generator(seed: int, *key: int | str) -> torch.Generator:
             raise TypeError(f"a generator's key takes int and str, not {part!r} ({type(part).__name__})")
     digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))  # torch keeps 32 bits of a CPU seed
+
+
+@contextlib.contextmanager
+def seeded(device: torch.device, seed: int, *key: int | str) -> Iterator[None]:
+    """Torch's global randomness as `generator(seed, *key)` has it, then as it was before: for dropout, which takes no other."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(generator(seed, *key).initial_seed())
+        yield
 
 
 def gaussian(

@@ -13,12 +13,14 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from minibooth.checkpoint import lora as lora_files
 from minibooth.checkpoint.load import Source
 from minibooth.diffusion.images import to_image
 from minibooth.diffusion.noise import gaussian
 from minibooth.diffusion.samplers import calls, trajectory
 from minibooth.diffusion.scheduler import DDPMScheduler
 from minibooth.errors import UserError
+from minibooth.models import lora
 from minibooth.models.clip import CLIPText
 from minibooth.models.unet import UNet
 from minibooth.models.vae import VAE
@@ -55,9 +57,20 @@ class StableDiffusion:
         """The networks that are still there, by the names of their folders."""
         return {name: network for name in self.source.weights if (network := getattr(self, name)) is not None}
 
-    def save(self, folder: str | Path) -> None:
-        """Write the diffusers layout, as it was read (`Source.save`): whole, or not at all."""
-        self.source.save(Path(folder), self.networks)
+    def save(self, path: str | Path) -> None:
+        """Write a folder in the diffusers layout, or an LDM single file if `path` ends in .safetensors (`Source.save`)."""
+        self.source.save(Path(path), self.networks)
+
+    def load_lora(self, path: str | Path, weight: float = 1.0, merge: bool = False) -> None:
+        """Add a LoRA, a file of diffusers' or kohya's or a folder with pytorch_lora_weights.safetensors, in strength `weight`.
+
+        Several add up. `merge` adds them into the weights for good, which draws faster and rounds them in half precision;
+        `save` writes the sum in any case. Raises UserError for what is no LoRA, or one for another base.
+        """
+        for name, adapters in lora_files.read(path, self.source, weight).items():
+            lora.attach(getattr(self, name), adapters)
+            if merge:
+                lora.merge(getattr(self, name))
 
     def release(self, name: str) -> None:
         """Give up a network once it has nothing left to do; `save` copies it from where it was read."""

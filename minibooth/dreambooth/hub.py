@@ -41,7 +41,8 @@ def model_card(settings: Settings, name: str) -> str:
         model=Path(model).name if Path(model).exists() else model,
         instance_prompt=s.instance_prompt,
         quoted_prompt=json.dumps(s.instance_prompt),  # a YAML string too, whatever is in it
-        trained="The UNet and the text encoder were" if s.train_text_encoder else "The UNet was",
+        trained=("A LoRA of the UNet" if s.rank else "The UNet")
+        + (" and the text encoder were" if s.train_text_encoder else " was"),
         resolution=s.resolution,
         prior=" with prior preservation" if s.with_prior_preservation else "",
         learning_rate=s.learning_rate,

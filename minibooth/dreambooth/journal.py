@@ -3,7 +3,7 @@
 run.json          all settings, versions, and the command that repeats the run
 metrics.jsonl     a line per step: step, loss, subject, prior, lr, seconds
 samples/          step-N.png, grids of the validation prompt from the same noise
-checkpoint-N/     trained networks in fp32 (the layout of the final model), optimizer.safetensors, state.json
+checkpoint-N/     trained networks in fp32 (the layout of the final model) or a LoRA, optimizer.safetensors, state.json
 """
 
 import dataclasses

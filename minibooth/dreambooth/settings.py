@@ -11,6 +11,7 @@ from typing import Any
 from minibooth.dreambooth.data import INTERPOLATION
 from minibooth.dreambooth.optimizer import SCHEDULES
 from minibooth.errors import UserError
+from minibooth.models.lora import TARGETS
 
 
 def flag(default: Any, help: str, **more: Any) -> Any:
@@ -22,9 +23,13 @@ def flag(default: Any, help: str, **more: Any) -> Any:
 class Settings:
     """One run of python -m minibooth.train."""
 
-    pretrained_model_name_or_path: str = flag("", "a folder in the diffusers layout, or owner/name on the hub")
+    pretrained_model_name_or_path: str = flag(
+        "", "a folder in the diffusers layout, a single .safetensors file, or owner/name on the hub"
+    )
     revision: str | None = flag(None, "the hub's branch, tag or commit")
     variant: str | None = flag(None, "infix of the weight files to read, fp16 for instance")
+    tokenizer: str | None = flag(None, "folder with CLIP's vocabulary, for a single file; tokenizer/ beside it, or the hub")
+    prediction_type: str | None = flag(None, "overrules what the model says of itself", choices=("epsilon", "v_prediction"))
     instance_data_dir: str = flag("", "folder with the subject's 3-5 photographs")
     instance_prompt: str = flag("", 'prompt with the identifier: "a photo of sks dog"')
     class_data_dir: str | None = flag(None, "folder of class pictures, topped up to --num_class_images; OUTPUT_DIR/class")
@@ -42,9 +47,18 @@ class Settings:
     image_interpolation_mode: str = flag("lanczos", "filter that resizes photographs", choices=tuple(INTERPOLATION))
     crops_per_image: int = flag(8, "different crops encoded per picture; 0 cuts and encodes anew at every step")
     output_dir: str = flag("dreambooth-model", "where everything goes")
+    output_format: str = flag(
+        "folder",
+        "diffusers' layout, or a single file NAME/NAME.safetensors for A1111 and ComfyUI",
+        choices=("folder", "single"),
+    )
     seed: int | None = flag(None, "repeats a run exactly")
     train_text_encoder: bool = flag(False, "train the text encoder too")
     text_encoder_lr: float | None = flag(None, "its learning rate; --learning_rate if not given")
+    rank: int = flag(0, "train a LoRA of this rank (4 is usual) instead of all weights; it wants a learning rate of about 1e-4")
+    lora_alpha: float | None = flag(None, "alpha of the LoRA, which works in strength alpha / rank; the rank")
+    lora_dropout: float = flag(0.0, "share of a layer's inputs that its LoRA does not see in a training step")
+    lora_targets: str = flag("attention", "layers: attention, or all linear ones and convolutions", choices=tuple(TARGETS))
     train_batch_size: int = flag(4, "subject pictures a step (with prior preservation as many class pictures besides)")
     num_train_epochs: int = flag(1, "passes over the pictures, where --max_train_steps is not given")
     max_train_steps: int | None = flag(None, "steps in all")
@@ -95,13 +109,20 @@ class Settings:
             raise UserError('--with_prior_preservation needs --class_prompt, such as "a photo of dog"')
         if self.resolution % 8 or self.resolution <= 0:
             raise UserError(f"--resolution {self.resolution} is not divisible by 8")
-        least = dict.fromkeys(("crops_per_image", "lr_warmup_steps"), 0)
+        least = dict.fromkeys(("crops_per_image", "lr_warmup_steps", "rank"), 0)
         least |= dict.fromkeys(("train_batch_size", "num_train_epochs", "gradient_accumulation_steps", "sample_batch_size"), 1)
         least |= dict.fromkeys(("checkpointing_steps", "validation_steps", "num_validation_images", "num_class_images"), 1)
         least |= dict.fromkeys(("max_train_steps", "checkpoints_total_limit"), 1)
         for name, bound in least.items():
             if (value := getattr(self, name)) is not None and value < bound:
                 raise UserError(f"--{name} {value} is less than {bound}")
+        alone = [name for name in ("lora_alpha", "lora_dropout") if getattr(self, name)]
+        if alone and not self.rank:
+            raise UserError(f"--{alone[0]} is a LoRA's: add --rank 4 to train one")
+        if self.rank and self.output_format == "single":
+            raise UserError("--output_format single is for whole models; a LoRA comes as diffusers' file and as kohya's")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"--lora_dropout {self.lora_dropout} is not between 0 and 1")
         decays = self.lr_scheduler not in ("constant", "constant_with_warmup")
         if decays and self.max_train_steps and self.lr_warmup_steps >= self.max_train_steps:
             raise UserError(

@@ -26,10 +26,11 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from minibooth.checkpoint import files
-from minibooth.checkpoint.load import COMPONENTS
+from minibooth.checkpoint import lora as lora_files
+from minibooth.checkpoint.load import COMPONENTS, Source
 from minibooth.diffusion import load
 from minibooth.diffusion.images import grid, save_png
-from minibooth.diffusion.noise import generator
+from minibooth.diffusion.noise import generator, seeded
 from minibooth.diffusion.text_to_image import Condition
 from minibooth.dreambooth.data import find_pictures
 from minibooth.dreambooth.identifier import doubts
@@ -40,11 +41,14 @@ from minibooth.dreambooth.optimizer import learning_rate, moments, restore
 from minibooth.dreambooth.prior import ClassPictures
 from minibooth.dreambooth.settings import Settings
 from minibooth.errors import UserError
+from minibooth.models import lora
 from minibooth.models.blocks import ResnetBlock, Transformer
 from minibooth.models.clip import Layer
+from minibooth.models.lora import Adapter
 
 VALIDATION: dict[str, Any] = {"steps": 25, "sampler": "dpmpp_2m"}
 OFFSET_NOISE = 0.1
+KOHYA = "kohya.safetensors"  # a checkpoint's LoRA, with every bit
 
 
 class Trainer:
@@ -59,12 +63,15 @@ class Trainer:
         self.journal = Journal(settings)
         self.resumed = self.journal.to_resume()
         state = files.read_json(self.resumed / "state.json") if self.resumed else {"step": 0}
+        if self.resumed and (self.resumed / KOHYA).exists() != bool(settings.rank):
+            raise UserError(f"{self.resumed} is {'not ' * bool(settings.rank)}a LoRA's: go on with the same --rank as before")
         self.start: int = state["step"]
         self.seed = state.get("seed", secrets.randbits(31)) if settings.seed is None else settings.seed
         self.settings = s = self.journal.settings = dataclasses.replace(settings, seed=self.seed)
 
         pictures, self.skipped = find_pictures(Path(s.instance_data_dir))
-        self.pipe = load(s.pretrained_model_name_or_path, variant=s.variant, revision=s.revision)
+        how = s.variant, s.revision, s.tokenizer
+        self.pipe = load(Source.open(s.pretrained_model_name_or_path, *how, prediction_type=s.prediction_type))
         self.sets, self.prompts = [Latents("subject", pictures, s, self.seed)], [s.instance_prompt]
         if s.with_prior_preservation:
             self.prior, self.prior_dtype = ClassPictures(s, self.pipe.source, prior_dtype), prior_dtype
@@ -73,6 +80,13 @@ class Trainer:
         self.steps = s.steps(max(len(latents.pictures) for latents in self.sets))
         self.texts = [name for name in self.pipe.networks if name.startswith("text_encoder")]
         self.trained = {name: getattr(self.pipe, name) for name in ["unet"] + self.texts * s.train_text_encoder}
+        self.lora = {name: self.adapters(name) for name in self.trained if s.rank}
+
+    @property
+    def result(self) -> Path:
+        """What the run leaves for drawing: the output folder, or the single file in it."""
+        folder = self.journal.folder
+        return folder if self.settings.output_format == "folder" else folder / f"{folder.resolve().name}.safetensors"
 
     def prepare(self) -> None:
         """Everything before the first step: class pictures, networks in place, the optimizer, encoded prompts and pictures."""
@@ -83,7 +97,8 @@ class Trainer:
             self.place(name, trains=name in self.trained)
         rates = dict.fromkeys(self.texts, s.learning_rate if s.text_encoder_lr is None else s.text_encoder_lr)
         rates["unet"] = s.learning_rate
-        groups = [{"params": list(module.parameters()), "peak": rates[name]} for name, module in self.trained.items()]
+        parameters = {name: [p for p in module.parameters() if p.requires_grad] for name, module in self.trained.items()}
+        groups = [{"params": trained, "peak": rates[name]} for name, trained in parameters.items()]
         betas = s.adam_beta1, s.adam_beta2
         self.optimizer = torch.optim.AdamW(groups, 0.0, betas, s.adam_epsilon, s.adam_weight_decay, fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
@@ -93,10 +108,29 @@ class Trainer:
                 self.scaler.load_state_dict(scale)
         self.encode()
 
+    def adapters(self, name: str) -> dict[str, Adapter]:
+        """A network's LoRA: new, or the checkpoint's. Raises UserError for one of another rank or other targets."""
+        s, rng = self.settings, generator(self.seed, "lora", name)
+        made = lora.fresh(self.trained[name], s.lora_targets, s.rank, s.lora_alpha or s.rank, s.lora_dropout, rng)
+        if self.resumed:
+            saved = lora_files.read(self.resumed / KOHYA, self.pipe.source).get(name, {})
+            if {layer: x.down.shape for layer, x in saved.items()} != {layer: x.down.shape for layer, x in made.items()}:
+                raise UserError(f"{self.resumed} holds a LoRA of another --rank or other --lora_targets: go on with the same")
+            for layer, adapter in made.items():
+                adapter.down.data.copy_(saved[layer].down)
+                adapter.up.data.copy_(saved[layer].up)
+        return made
+
     def place(self, name: str, trains: bool) -> None:
-        """Bring a network to the device: in fp32 if it trains (from the checkpoint, if any), else in the working precision."""
-        module = getattr(self.pipe, name).requires_grad_(trains).to(self.device, torch.float32 if trains else self.dtype)
-        if trains and self.resumed:
+        """Bring a network to the device: in the working precision, but in fp32 where it trains (from the checkpoint, if any).
+
+        With a LoRA, that alone is what trains.
+        """
+        full = trains and not self.settings.rank
+        module = getattr(self.pipe, name).requires_grad_(full).to(self.device, torch.float32 if full else self.dtype)
+        if trains and not full:
+            lora.attach(module.train(), self.lora[name], torch.float32)
+        elif full and self.resumed:
             module.load_state_dict(dict(files.weights_of(self.resumed / name, COMPONENTS[name].stem)))
         if trains and self.settings.gradient_checkpointing:
             recompute_activations(module)
@@ -148,7 +182,12 @@ class Trainer:
                     self.save_checkpoint(done)
                 if interrupted and done < self.steps:
                     raise KeyboardInterrupt(f"go on with the same command and --resume_from_checkpoint latest (step {done})")
-        self.pipe.source.save(journal.folder, self.trained)  # the others as they were read, whatever they computed in
+        if s.rank:
+            self.save_lora(journal.folder, f"{journal.folder.resolve().name}.safetensors")
+        else:
+            self.pipe.source.save(self.result, self.trained)  # the others as they were read, whatever they computed in
+            if self.result != journal.folder:  # what a single file lacks
+                self.pipe.source.save_vocabulary(journal.folder)
 
     def step(self, step: int) -> dict[str, float]:
         """One update of the weights. Returns the loss and its two parts, averaged over the accumulated batches."""
@@ -175,7 +214,8 @@ class Trainer:
         s, scheduler, B = self.settings, self.pipe.scheduler, self.settings.train_batch_size
         samples = [self.sample(latents, n) for latents in self.sets for n in range(batch * B, (batch + 1) * B)]
         x0, noise, t, sizes = (torch.cat(column).to(self.device) for column in zip(*samples, strict=True))
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        with autocast, seeded(self.device, self.seed, "dropout", batch):
             condition = self.condition or self.pipe.condition(self.prompts)
             condition = self.pipe.told(tuple(each.repeat_interleave(B, dim=0) for each in condition), sizes)
             x = scheduler.add_noise(x0, noise, t)
@@ -212,8 +252,10 @@ class Trainer:
             return
         conditions, unconditional = self.validation if self.condition else self.validation_conditions()
         seeds, side = range(self.seed, self.seed + s.num_validation_images), s.resolution
+        trained = nn.ModuleList(self.trained.values()).eval()  # no dropout
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             rows = [self.pipe.draw(condition, unconditional, seeds, side, side, **VALIDATION) for condition in conditions]
+        trained.train()
         about = {"prompt": s.validation_prompt, "step": str(step), "seed": str(self.seed)}
         path = self.journal.folder / "samples" / f"step-{step}.png"
         path.parent.mkdir(exist_ok=True)
@@ -230,7 +272,9 @@ class Trainer:
     def save_checkpoint(self, step: int) -> None:
         """checkpoint-N with all that the next step depends on; older ones go only when it is whole."""
         with files.replacing(self.journal.folder / f"checkpoint-{step}") as folder:
-            for name, module in self.trained.items():
+            if self.lora:
+                self.save_lora(folder, KOHYA)
+            for name, module in self.trained.items() if not self.lora else ():
                 files.write_weights(folder / name / f"{COMPONENTS[name].stem}.safetensors", module.state_dict())
                 (folder / name / "config.json").write_bytes(self.pipe.source.files[f"{name}/config.json"])
             files.write_weights(folder / "optimizer.safetensors", moments(self.optimizer, self.trained))
@@ -238,15 +282,32 @@ class Trainer:
             (folder / "state.json").write_text(json.dumps(state))
         self.journal.prune()
 
+    def save_lora(self, folder: Path, name: str) -> None:
+        """diffusers' file, and kohya's as `name` with what his programs, A1111 and civitai show of a LoRA."""
+        s, source = self.settings, self.pipe.source
+        xl = source.kind == "StableDiffusionXLPipeline"
+        sd2 = not xl and self.pipe.unet.config.use_linear_projection
+        tags = {latents.name: {prompt: 1} for latents, prompt in zip(self.sets, self.prompts, strict=True)}
+        about = dict(
+            network_module="networks.lora", network_dim=s.rank, network_alpha=s.lora_alpha or s.rank, v2=sd2,
+            base_model_version="sdxl_base_v1-0" if xl else "sd_v2" if sd2 else "sd_v1", sd_model_name=Path(source.name).name,
+            output_name=Path(s.output_dir).resolve().name, resolution=(s.resolution, s.resolution), steps=self.steps,
+            learning_rate=s.learning_rate, seed=self.seed, tag_frequency=json.dumps(tags),
+        )  # fmt: skip
+        lora_files.write(folder, name, self.lora, {f"ss_{key}": str(value) for key, value in about.items()})
+
     def summary(self) -> list[tuple[str, str]]:
         """What will run, as rows of a table."""
         s = self.settings
         sizes = {name: sum(p.numel() for p in network.parameters()) for name, network in self.pipe.networks.items()}
-        memory = sum(size * (16 if name in self.trained else self.dtype.itemsize) for name, size in sizes.items())
+        updates = {name: sum(x.down.numel() + x.up.numel() for x in made.values()) for name, made in self.lora.items()}
+        trained = updates or {name: sizes[name] for name in self.trained}
+        frozen = sum(size for name, size in sizes.items() if updates or name not in trained)
+        memory = 16 * sum(trained.values()) + self.dtype.itemsize * frozen
         batch = " + ".join([str(s.train_batch_size)] * len(self.sets))
         rows = [
             ("model", f"{self.pipe.source.name}, predicts {self.pipe.scheduler.prediction_type}"),
-            ("trains", ", ".join(f"{name}, {sizes[name] / 1e6:.1f} M parameters" for name in self.trained)),
+            ("trains", ", ".join(f"{name}, {size / 1e6:.1f} M parameters" for name, size in trained.items())),
             (
                 "steps",
                 f"{self.start} to {self.steps}, batch {batch}, {s.resolution} px, learning rate {s.learning_rate:g}",

@@ -1,0 +1,138 @@
+"""LoRA files in and out: diffusers' pytorch_lora_weights.safetensors, and kohya's, which A1111 and ComfyUI read.
+
+    diffusers   unet.mid_block.attentions.0.proj_in.lora_A.weight                  .lora_B.weight
+    kohya       lora_unet_mid_block_attentions_0_proj_in.lora_down.weight          .lora_up.weight      .alpha
+
+Kohya's names do not tell a dot from an underscore, and his for XL are the LDM layout's: both are looked up among the names
+of our own networks' layers, never guessed. A layer's update is alpha / rank * up @ down. A missing alpha means the rank, as
+kohya's own reader (networks/lora.py, create_network_from_weights), diffusers, A1111 and ComfyUI take it.
+"""
+
+import collections
+import itertools
+import operator
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minibooth.checkpoint import files, ldm
+from minibooth.checkpoint.load import Source
+from minibooth.errors import UserError
+from minibooth.models.lora import Adapter, layers, merged
+
+DIFFUSERS = "pytorch_lora_weights.safetensors"
+PREFIXES = {"unet": ["lora_unet"], "text_encoder": ["lora_te", "lora_te1"], "text_encoder_2": ["lora_te2"]}
+Adapters = dict[str, dict[str, Adapter]]  # by network and layer
+
+KEY = re.compile(r"(?P<layer>.+?)[._](lora[._])?(linear_layer\.)?((?P<down>A|down)|(?P<up>B|up))\.weight|(?P<of>.+)\.alpha")
+RENAMES = (  # diffusers' names of former years -> today's
+    (re.compile(r"^(?=(down_blocks|mid_block|up_blocks)\.)"), "unet."),
+    (re.compile(r"^(text_encoder(_2)?)\.(?=encoder\.)"), r"\1.text_model."),
+    (re.compile(r"self_attn\.to_(q|k|v|out)$"), r"self_attn.\1_proj"),
+    (re.compile(r"\.processor\."), "."),
+    (re.compile(r"\.to_out$"), ".to_out.0"),
+)
+
+
+def spellings(source: Source) -> Iterator[tuple[str, tuple[str, str, torch.Size]]]:
+    """What files call each layer of a checkpoint's networks -> (network, layer, shape of its weight)."""
+    for part in source.weights.keys() & PREFIXES.keys():
+        network = source.skeleton(part)
+        places = ldm.places(source.kind, part, network)
+        for path, layer in layers(network).items():
+            place = part, path, layer.weight.shape
+            theirs = places[f"{path}.weight"].name.removeprefix(ldm.UNET).removesuffix(".weight") if part == "unet" else path
+            yield f"{part}.{path}", place
+            for prefix, name in itertools.product(PREFIXES[part], (path, theirs)):
+                yield f"{prefix}_{name.replace('.', '_')}", place
+
+
+def read(path: str | Path, source: Source, weight: float = 1.0) -> Adapters:
+    """The adapters in a file, or in a folder that holds `DIFFUSERS`, for a checkpoint's networks and in this strength.
+
+    Raises UserError for what is missing, no LoRA, or one for another base: naming the first key that does not fit.
+    """
+    path = Path(path) / DIFFUSERS if Path(path).is_dir() else Path(path)
+    if path.suffix in files.PICKLES:
+        raise UserError(f"{path} is a pickle, which is never opened here; convert it to safetensors")
+    if not path.is_file():
+        raise UserError(f"{path} is missing; a LoRA is a .safetensors file, or a folder that holds {DIFFUSERS}")
+    tensors, known = files.Tensors([path]), dict(spellings(source))
+    config = files.parse_json(tensors.metadata.get("lora_adapter_metadata", "{}").encode(), path)
+    found: dict[tuple[str, str], dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = KEY.fullmatch(key)
+        name = (match["layer"] or match["of"]) if match else ""
+        for old, new in RENAMES:
+            name = old.sub(new, name)
+        if not match:
+            raise UserError(f"{path}: {key} is no part of a LoRA as it is known here (lora_A or down, lora_B or up, alpha)")
+        if name not in known:
+            raise UserError(f"{path} is a LoRA for another base: this model has no layer for its {key} {[*tensor.shape]}")
+        part, layer, (outputs, *inputs) = known[name]
+        end = "down" if match["down"] else "up" if match["up"] else "alpha"
+        ones: list[Any] = [1] * (len(inputs) - 1)
+        shapes = {"down": ["rank", *inputs], "up": [outputs, "rank", *ones], "alpha": [1] * tensor.dim()}
+        needed = shapes[end]
+        if len(tensor.shape) != len(needed) or any(n not in (own, "rank") for own, n in zip(tensor.shape, needed, strict=True)):
+            shape = f"{part}.{layer} of this model needs [{', '.join(map(str, needed))}]"
+            raise UserError(f"{path} is a LoRA for another base: its {key} is {[*tensor.shape]}, but {shape}")
+        found.setdefault((part, layer), {})[end] = tensor
+    if not found:
+        raise UserError(f"{path} is empty")
+    adapters: Adapters = {}
+    for (part, layer), x in found.items():
+        if "down" not in x or "up" not in x or x["up"].shape[1] != len(x["down"]):
+            raise UserError(f"{path}: {part}.{layer} lacks its down or up, or they differ in rank; download it again")
+        alpha = x["alpha"].item() if "alpha" in x else said(config, part, layer, len(x["down"]))
+        adapters.setdefault(part, {})[layer] = Adapter(x["down"], x["up"], alpha, weight)
+    return adapters
+
+
+def merge(source: Source, loras: Iterable[tuple[str | Path, float]]) -> None:
+    """Let a checkpoint's weights be read with LoRAs, (path, strength) each, added in: each tensor when it is asked for."""
+    added = collections.defaultdict(list)
+    for path, weight in loras:
+        for part, adapters in read(path, source, weight).items():
+            for layer, adapter in adapters.items():
+                added[part, f"{layer}.weight"].append(adapter)
+
+    def recipe(part: str, name: str) -> files.Recipe:
+        own = added.get((part, name))
+        return (lambda tensors: merged(tensors[name], own)) if own else operator.itemgetter(name)
+
+    for part, weights in source.weights.items():
+        source.weights[part] = files.View(weights, {name: recipe(part, name) for name in weights})
+
+
+def said(config: Mapping[str, Any], part: str, layer: str, rank: int) -> float:
+    """A layer's alpha by peft's configuration, which diffusers keeps in the metadata; the rank where there is none."""
+    patterns = config.get(f"{part}.alpha_pattern") or {}
+    own = [alpha for pattern, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", layer)]
+    alpha = (own or [config.get(f"{part}.lora_alpha", rank)])[0]
+    return alpha * rank**0.5 if config.get(f"{part}.use_rslora") else alpha
+
+
+def write(folder: Path, name: str, adapters: Adapters, metadata: Mapping[str, str]) -> None:
+    """Both files: `DIFFUSERS`, and kohya's under `name`, exact and with alpha and metadata.
+
+    Not every reader of diffusers' layout knows an alpha, so there it is multiplied into lora_B and the same as the rank.
+    """
+    theirs: dict[str, Tensor] = {}
+    kohya: dict[str, Tensor] = {}
+    for part, updates in adapters.items():
+        prefix = PREFIXES[part]["text_encoder_2" in adapters and part == "text_encoder"]
+        for layer, adapter in updates.items():
+            flat = f"{prefix}_{layer.replace('.', '_')}"
+            theirs |= {
+                f"{part}.{layer}.lora_A.weight": adapter.down,
+                f"{part}.{layer}.lora_B.weight": adapter.scale * adapter.up,
+            }
+            kohya |= {f"{flat}.lora_down.weight": adapter.down, f"{flat}.lora_up.weight": adapter.up}
+            kohya[f"{flat}.alpha"] = torch.tensor(float(adapter.alpha))
+    files.write_weights(folder / DIFFUSERS, theirs)
+    files.write_weights(folder / name, kohya, metadata=metadata)

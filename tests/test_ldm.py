@@ -1,0 +1,458 @@
+"""A single file is read as the folder of the same model is, and comes back with every bit that was not trained."""
+
+import re
+import shutil
+
+import numpy as np
+import pytest
+import single_files
+import torch
+from safetensors.torch import load_file, save_file
+from single_files import assert_same_bits, change, file, folder, metadata, states
+
+import minibooth
+from minibooth.checkpoint.load import Source
+from minibooth.errors import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
+KINDS = ["sd1", "sd2", "sdxl"]
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+def refusal(source, **options):
+    with pytest.raises(UserError) as caught:
+        minibooth.load(source, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def ids(pipe, prompt="a dog"):
+    return pipe.tokenizer([prompt])[0].tolist()
+
+
+# ---- out: what other programs read
+
+
+@kinds
+def test_diffusers_reads_our_file_as_it_reads_the_folder(kind):
+    diffusers = pytest.importorskip("diffusers")
+    pipeline = diffusers.StableDiffusionXLPipeline if kind == "sdxl" else diffusers.StableDiffusionPipeline
+    theirs = pipeline.from_single_file(str(file(kind)), config=str(folder(kind)), local_files_only=True)
+    expected = pipeline.from_pretrained(folder(kind))
+    for part in Source.open(folder(kind)).weights:
+        assert_same_bits(getattr(theirs, part).state_dict(), getattr(expected, part).state_dict())
+
+
+PUBLISHED = {  # names and shapes of the published files, at the width of ours
+    "sd1": {
+        f"{UNET}input_blocks.1.1.proj_in.weight": [16, 16, 1, 1], f"{UNET}time_embed.2.bias": [64],
+        "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight": [77, 24],
+        f"{VAE}encoder.mid.attn_1.q.weight": [16, 16, 1, 1], f"{VAE}decoder.up.3.block.1.norm2.bias": [16],
+    },
+    "sd2": {
+        f"{UNET}middle_block.1.proj_out.weight": [128, 128], f"{UNET}out.2.weight": [4, 32, 3, 3],
+        "cond_stage_model.model.positional_embedding": [77, 128], "cond_stage_model.model.ln_final.weight": [128],
+        "cond_stage_model.model.transformer.resblocks.1.attn.in_proj_weight": [384, 128],
+        "cond_stage_model.model.transformer.resblocks.1.attn.in_proj_bias": [384],
+        "cond_stage_model.model.transformer.resblocks.0.mlp.c_fc.weight": [256, 128],
+    },
+    "sdxl": {
+        f"{UNET}label_emb.0.0.weight": [128, 68], f"{UNET}input_blocks.4.0.skip_connection.weight": None,
+        f"{UNET}output_blocks.1.2.conv.weight": [128, 128, 3, 3], f"{UNET}output_blocks.3.2.conv.bias": [64],
+        "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight": [24],
+        "conditioner.embedders.1.model.text_projection": [128, 20],
+    },
+}  # fmt: skip
+
+
+@kinds
+def test_names_and_shapes_are_those_of_the_published_files(kind):
+    written = load_file(file(kind))
+    for name, shape in PUBLISHED[kind].items():
+        assert shape is None or [*written[name].shape] == shape, name
+    prefixes = (UNET, VAE, *single_files.TEXT[kind])
+    assert all(name.startswith(prefixes) for name in written)
+
+
+def test_a_velocity_xl_carries_comfyuis_mark(tmp_path):
+    pipe = minibooth.load(folder("sdxl"), prediction_type="v_prediction")
+    pipe.save(tmp_path / "v.safetensors")
+    assert load_file(tmp_path / "v.safetensors")["v_pred"].numel() == 0
+    assert metadata(tmp_path / "v.safetensors")["modelspec.prediction_type"] == "v"
+    shutil.copytree(file("sdxl").parent / "tokenizer", tmp_path / "tokenizer")
+    assert minibooth.load(tmp_path / "v.safetensors").scheduler.prediction_type == "v_prediction"
+    minibooth.load(tmp_path / "v.safetensors", prediction_type="epsilon").save(tmp_path / "e.safetensors")
+    assert "v_pred" not in load_file(tmp_path / "e.safetensors")
+
+
+# ---- in: the networks, and what is inferred
+
+
+@kinds
+def test_a_file_is_the_pipeline_of_its_folder(kind):
+    ours, expected = minibooth.load(file(kind)), minibooth.load(folder(kind))
+    assert_same_bits(states(ours), states(expected))
+    options = dict(height=64, width=64, steps=2, seed=1)
+    drawn, wanted = (np.asarray(pipe.generate("a dog", **options)[0], np.int16) for pipe in (ours, expected))
+    assert np.abs(drawn - wanted).max() <= 1  # where tensors lie in memory decides about last bits
+    assert (ours.vae.scaling_factor, ours.sampler) == (expected.vae.scaling_factor, expected.sampler)
+    assert torch.equal(ours.scheduler.alphas_cumprod, expected.scheduler.alphas_cumprod)
+
+
+@kinds
+def test_tokenizers_pad_as_the_published_ones(kind):
+    ours, expected = minibooth.load(file(kind)), minibooth.load(folder(kind))
+    assert ids(ours) == ids(expected)
+    if kind == "sdxl":
+        assert torch.equal(ours.tokenizer_2(["a"]), expected.tokenizer_2(["a"]))
+        assert not torch.equal(ours.tokenizer_2(["a"]), ours.tokenizer(["a"]))
+
+
+def test_the_size_to_draw_follows_from_the_kind():
+    sizes = {"sd1": 512, "sd2": 768, "sdxl": 1024}
+    for kind, side in sizes.items():
+        unet, vae = (Source.open(file(kind)).json(f"{part}/config.json") for part in ("unet", "vae"))
+        assert 8 * unet["sample_size"] == vae["sample_size"] == side
+    assert Source.open(file("sd2"), prediction_type="epsilon").json("unet/config.json")["sample_size"] == 64
+
+
+@kinds
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+def test_files_of_any_precision_are_read(kind, stored, tmp_path):
+    path = change(file(kind), tmp_path / "x.safetensors", lambda x: {name: y.to(stored) for name, y in x.items()})
+    opened = minibooth.load(path, tokenizer=folder(kind), prediction_type="epsilon")
+    expected = {name: x.to(stored).float() for name, x in states(minibooth.load(folder(kind))).items()}
+    assert_same_bits(states(opened), expected)
+
+
+@kinds
+def test_a_file_becomes_a_folder_that_diffusers_opens(kind, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    pipe = minibooth.load(file(kind))
+    pipe.save(tmp_path / "folder")
+    assert_same_bits(single_files.weights(tmp_path / "folder"), single_files.weights(folder(kind)))
+    pipeline = diffusers.StableDiffusionXLPipeline if kind == "sdxl" else diffusers.StableDiffusionPipeline
+    theirs = pipeline.from_pretrained(tmp_path / "folder")
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    options = dict(height=64, width=64, output_type="np", num_inference_steps=2, latents=latents.clone())
+    expected = theirs("a dog", guidance_scale=7.5, **options).images[0] * 255
+    drawn = pipe.generate("a dog", height=64, width=64, steps=2, latents=latents)
+    assert np.abs(np.asarray(drawn[0], np.float32) - expected).max() <= 2.5
+
+
+# ---- what files hold besides
+
+
+def with_everything(kind):
+    """What the published files and programs add to a kind's tensors."""
+
+    def more(tensors):
+        added = {
+            "betas": torch.linspace(0, 1, 1000, dtype=torch.float64), "model_ema.num_updates": torch.tensor(7),
+            "model_ema.decay": torch.tensor(0.9999), "low_scale_model.betas": torch.rand(3),
+            f"{VAE}loss.logvar": torch.tensor(0.0),
+        }  # fmt: skip
+        for name, tensor in tensors.items():
+            if name.startswith(UNET):
+                added["model_ema." + name.removeprefix("model.").replace(".", "")] = tensor + 1
+        if kind == "sd2":
+            text = "cond_stage_model.model."
+            added |= {f"{text}logit_scale": torch.tensor(4.6), f"{text}text_projection": torch.rand(128, 128)}
+        else:
+            text = single_files.TEXT[kind][0]
+            added[f"{text}text_model.embeddings.position_ids"] = torch.arange(77)[None]
+        return tensors | added
+
+    return more
+
+
+@kinds
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+def test_everything_comes_back_bit_for_bit(kind, stored, tmp_path):
+    def edit(tensors):
+        whole = with_everything(kind)(tensors)
+        return {name: x.to(stored) if x.dtype == torch.float32 else x for name, x in whole.items()}
+
+    said = {"format": "pt", "modelspec.prediction_type": "v" if kind == "sd2" else "epsilon", "modelspec.author": "me"}
+    path = change(file(kind), tmp_path / "x.safetensors", edit, said)
+    pipe = minibooth.load(path, tokenizer=folder(kind))
+    pipe.save(tmp_path / "again.safetensors")
+    assert_same_bits(load_file(tmp_path / "again.safetensors"), load_file(path))
+    assert metadata(tmp_path / "again.safetensors") == said
+    pipe.save(path)  # over itself
+    assert_same_bits(load_file(path), load_file(tmp_path / "again.safetensors"))
+
+
+def test_training_changes_what_was_trained_alone(tmp_path):
+    pipe = minibooth.load(change(file("sd2"), tmp_path / "x.safetensors", with_everything("sd2")), tokenizer=folder("sd2"))
+    before = load_file(tmp_path / "x.safetensors")
+    with torch.no_grad():
+        pipe.unet.conv_in.bias += 1
+        pipe.text_encoder.text_model.encoder.layers[1].self_attn.k_proj.weight += 1
+    pipe.vae = None  # released
+    pipe.save(tmp_path / "trained.safetensors")
+    after = load_file(tmp_path / "trained.safetensors")
+    joined, stem = "cond_stage_model.model.transformer.resblocks.1.attn.in_proj_weight", f"{UNET}input_blocks.0.0.bias"
+    assert torch.equal(after[stem], before[stem] + 1)
+    expected = before[joined].clone()
+    expected[128:256] += 1
+    assert torch.equal(after[joined], expected)
+    untouched = before.keys() - {stem, joined}
+    assert_same_bits({name: after[name] for name in untouched}, {name: before[name] for name in untouched})
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_old_names_are_read_and_todays_written(kind, tmp_path):
+    def bare(tensors):
+        return {name.replace(".transformer.text_model.", ".transformer."): x for name, x in tensors.items()}
+
+    path = change(file(kind), tmp_path / "x.safetensors", bare)
+    assert load_file(path).keys() != load_file(file(kind)).keys()
+    pipe = minibooth.load(path, tokenizer=folder(kind))
+    assert_same_bits(states(pipe), states(minibooth.load(folder(kind))))
+    pipe.save(tmp_path / "again.safetensors")
+    assert_same_bits(load_file(tmp_path / "again.safetensors"), load_file(file(kind)))
+
+
+def test_the_average_is_taken_where_it_is_asked_for(tmp_path):
+    path = change(file("sd1"), tmp_path / "x.safetensors", with_everything("sd1"))
+    left, taken = (minibooth.load(path, tokenizer=folder("sd1"), ema=ema) for ema in (False, True))
+    expected = states(minibooth.load(folder("sd1")))
+    assert_same_bits(states(left), expected)
+    assert_same_bits(states(taken), {name: x + name.startswith("unet/") for name, x in expected.items()})
+    taken.save(tmp_path / "taken.safetensors")
+    written = load_file(tmp_path / "taken.safetensors")
+    assert not any(name.startswith("model_ema") for name in written)
+    assert torch.equal(written[f"{UNET}out.2.bias"], load_file(path)[f"{UNET}out.2.bias"] + 1)
+    assert "has no EMA weights" in refusal(file("sd1"), ema=True)
+    assert "no single file" in refusal(folder("sd1"), ema=True)
+
+
+def test_the_24th_layer_of_sd_2_is_kept_but_not_used(tmp_path):
+    published = folder("sd2", layers=23)  # as the folders are published
+    pipe = minibooth.load(published)
+    pipe.save(tmp_path / "x.safetensors")
+
+    def grow(tensors):
+        layer = "cond_stage_model.model.transformer.resblocks."
+        last = {n.replace(f"{layer}22.", f"{layer}23."): x + 1 for n, x in tensors.items() if n.startswith(f"{layer}22.")}
+        return tensors | last
+
+    for path in (tmp_path / "x.safetensors", change(tmp_path / "x.safetensors", tmp_path / "24.safetensors", grow)):
+        opened = minibooth.load(path, tokenizer=published, prediction_type="v_prediction")
+        assert_same_bits(states(opened), states(pipe))
+        opened.save(tmp_path / "again.safetensors")
+        assert_same_bits(load_file(tmp_path / "again.safetensors"), load_file(path))
+
+
+# ---- epsilon or v
+
+
+def predicting(kind_of_answer, path):
+    """An SD 2 file that does not say what it predicts: its UNet answers with the noise, or with minus a picture."""
+    pipe = minibooth.load(folder("sd2"))
+    unet = pipe.unet
+    gain, constant = {"epsilon": (1.0, 0.0), "v_prediction": (0.07, -1.0)}[kind_of_answer]
+    with torch.no_grad():  # the input goes through twice, once negated, on the last skip: silu(x) - silu(-x) = x
+        last = unet.up_blocks[3]
+        for parameters in (unet.conv_in, last.resnets[1].conv2, last.resnets[1].conv_shortcut, unet.conv_out):
+            parameters.weight.zero_()
+            parameters.bias.zero_()
+        last.attentions[1].proj_out.weight.zero_()
+        last.attentions[1].proj_out.bias.zero_()
+        unet.conv_norm_out.weight.fill_(1)
+        unet.conv_norm_out.bias.zero_()
+        for c in range(4):
+            for channel, sign in ((c, 1), (c + 4, -1)):
+                unet.conv_in.weight[channel, c, 1, 1] = sign
+                last.resnets[1].conv_shortcut.weight[channel, channel - 32] = 1
+                unet.conv_out.weight[c, channel, 1, 1] = sign * gain
+        unet.conv_out.bias += constant
+    pipe.save(path.with_name("said.safetensors"))
+    return change(path.with_name("said.safetensors"), path, lambda tensors: None)
+
+
+@pytest.mark.parametrize("answer", ["epsilon", "v_prediction"])
+def test_a_silent_sd_2_is_measured(answer, tmp_path, capsys):
+    path = predicting(answer, tmp_path / "x.safetensors")
+    pipe = minibooth.load(path, tokenizer=folder("sd2"))
+    assert pipe.scheduler.prediction_type == answer
+    said = capsys.readouterr().out
+    assert re.fullmatch(rf".*x\.safetensors predicts {answer} \(.*\); --prediction_type .*\n", said)
+    assert pipe.unet.config.sample_size == {"epsilon": 64, "v_prediction": 96}[answer]
+    pipe.save(tmp_path / "again.safetensors")  # which then says it
+    assert minibooth.load(tmp_path / "again.safetensors", tokenizer=folder("sd2")).scheduler.prediction_type == answer
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "kind, options, metadata, expected",
+    [
+        ("sd1", {}, None, "epsilon"),
+        ("sd1", {"prediction_type": "v_prediction"}, None, "v_prediction"),
+        ("sd2", {"prediction_type": "epsilon"}, None, "epsilon"),
+        ("sd2", {}, {"modelspec.prediction_type": "epsilon"}, "epsilon"),
+        ("sd2", {}, {"modelspec.predict_key": "v"}, "v_prediction"),
+        ("sdxl", {}, None, "epsilon"),
+    ],
+)
+def test_who_says_it_is_believed(kind, options, metadata, expected, tmp_path, capsys):
+    path = change(file(kind), tmp_path / "x.safetensors", lambda tensors: None, metadata)
+    assert minibooth.load(path, tokenizer=folder(kind), **options).scheduler.prediction_type == expected
+    assert not capsys.readouterr().out
+
+
+def test_comfyuis_keys_are_believed(tmp_path):
+    marks = {"v_pred": torch.tensor(1.0), "ztsnr": torch.tensor(1.0)}
+    path = change(file("sdxl"), tmp_path / "x.safetensors", lambda tensors: tensors | marks)
+    pipe = minibooth.load(path, tokenizer=folder("sdxl"))
+    assert pipe.scheduler.prediction_type == "v_prediction"
+    assert pipe.scheduler.alphas_cumprod[-1] == 0
+    pipe.save(tmp_path / "again.safetensors")
+    assert_same_bits(load_file(tmp_path / "again.safetensors"), load_file(path))
+
+
+# ---- the vocabulary
+
+
+@pytest.mark.parametrize("place", ["folder", "checkpoint", "beside", "hub"])
+def test_where_the_vocabulary_is_found(place, tmp_path, monkeypatch):
+    path, source = tmp_path / "x.safetensors", folder("sd1") / "tokenizer"
+    shutil.copy(file("sd1"), path)
+    options = {"folder": {"tokenizer": source}, "checkpoint": {"tokenizer": folder("sd1")}}.get(place, {})
+    if place == "beside":
+        shutil.copytree(source, tmp_path / "tokenizer")
+    if place == "hub":
+        repository = tmp_path / "hub" / "models--openai--clip-vit-large-patch14"
+        shutil.copytree(source, repository / "snapshots" / "abc")
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("abc")
+    assert ids(minibooth.load(path, **options)) == ids(minibooth.load(folder("sd1")))
+
+
+def test_a_vocabulary_that_is_nowhere_is_named(tmp_path):
+    path = tmp_path / "x.safetensors"
+    shutil.copy(file("sd1"), path)
+    said = refusal(path)
+    assert "vocab.json and merges.txt" in said and "--tokenizer" in said and "openai/clip-vit-large-patch14" in said
+    assert f"{tmp_path / 'no'} holds no vocabulary" in refusal(path, tokenizer=tmp_path / "no")
+
+
+def test_a_folder_takes_another_vocabulary_too(tmp_path):
+    copy = shutil.copytree(folder("sdxl"), tmp_path / "copy")
+    for name in ("tokenizer", "tokenizer_2"):
+        (copy / name / "vocab.json").unlink()
+    assert "vocab.json" in refusal(copy)
+    assert ids(minibooth.load(copy, tokenizer=folder("sdxl"))) == ids(minibooth.load(folder("sdxl")))
+
+
+# ---- refusals
+
+
+def without(*starts):
+    return lambda tensors: {name: x for name, x in tensors.items() if not name.startswith(starts)}
+
+
+def channels(count):
+    return lambda tensors: tensors | {f"{UNET}input_blocks.0.0.weight": torch.zeros(16, count, 3, 3)}
+
+
+def refiner(tensors):
+    renamed = {name.replace("embedders.1.", "embedders.0."): x for name, x in tensors.items() if ".embedders.0." not in name}
+    return renamed
+
+
+def reshaped(tensors):
+    tensors[f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"] = torch.zeros(16, 5)
+
+
+REFUSED = {
+    "inpainting": ("sd1", channels(9), "an inpainting model"),
+    "pix2pix": ("sd1", channels(8), "an InstructPix2Pix"),
+    "upscaler": ("sd1", channels(7), "an x4-upscaler"),
+    "refiner": ("sdxl", refiner, "the refiner of Stable Diffusion XL"),
+    "no vae": ("sd1", without(VAE), r"lacks its vae \(first_stage_model"),
+    "no text encoder": ("sd2", without("cond_stage_model"), r"lacks its text_encoder \(cond_stage_model"),
+    "unet alone": ("sdxl", without(VAE, "conditioner"), "lacks its vae .* and text_encoder .* and text_encoder_2"),
+    "one tensor": ("sd1", without(f"{UNET}middle_block.0.emb_layers.1.bias"), "lacks mid_block.resnets.0.time_emb_proj.bias"),
+    "no levels": ("sd1", without(f"{VAE}encoder.down.1.block.0.conv1"), "lacks encoder.down.1.block.0.conv1.weight"),
+    "a tensor more": ("sd1", lambda x: x | {f"{UNET}input_hint.0.weight": torch.zeros(1)}, "unexpected .*input_hint"),
+    "another shape": ("sd1", reshaped, r"to_k.weight is \[16, 5\]"),
+    "kohya's lora": ("sd1", lambda x: {"lora_unet_mid.lora_down.weight": torch.zeros(1)}, "a LoRA"),
+    "diffusers' lora": ("sd1", lambda x: {"unet.mid.to_q.lora_A.weight": torch.zeros(1)}, "a LoRA"),
+    "another model": ("sd1", lambda x: {"double_blocks.0.img_attn.qkv.weight": torch.zeros(1)}, "begin with double_blocks.0"),
+    "nothing": ("sd1", lambda x: {"a": torch.zeros(1)}, "names begin with a"),
+}
+
+
+@pytest.mark.parametrize("kind, edit, reason", REFUSED.values(), ids=REFUSED)
+def test_what_is_no_whole_stable_diffusion_is_refused_by_name(kind, edit, reason, tmp_path):
+    path = change(file(kind), tmp_path / "x.safetensors", edit)
+    said = refusal(path, tokenizer=folder(kind), prediction_type="epsilon")
+    assert re.search(reason, said) and str(path) in said
+
+
+def test_other_files_are_refused_by_name(tmp_path):
+    (tmp_path / "x.ckpt").write_bytes(b"")
+    (tmp_path / "x.safetensors").write_bytes(file("sd1").read_bytes()[:1000])
+    (tmp_path / "x.zip").write_bytes(b"")
+    assert "pickle, which is never opened" in refusal(tmp_path / "x.ckpt")
+    assert "not a whole safetensors file" in refusal(tmp_path / "x.safetensors")
+    assert "is a file of unknown kind" in refusal(tmp_path / "x.zip")
+    assert refusal(tmp_path / "never.safetensors") == f"{tmp_path / 'never.safetensors'} is missing"
+
+
+def test_a_dtype_that_torch_lacks_is_refused_by_name(tmp_path):
+    header = b'{"%sa":{"dtype":"F8_E8M0","shape":[1],"data_offsets":[0,1]}}' % UNET.encode()
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
+    assert "is stored as F8_E8M0" in refusal(tmp_path / "x.safetensors")
+
+
+def test_a_float8_file_is_read(tmp_path):
+    path = change(file("sd1"), tmp_path / "x.safetensors", lambda x: {name: y.to(torch.float8_e4m3fn) for name, y in x.items()})
+    pipe = minibooth.load(path, tokenizer=folder("sd1"))
+    expected = {name: x.to(torch.float8_e4m3fn).float() for name, x in states(minibooth.load(folder("sd1"))).items()}
+    assert_same_bits(states(pipe), expected)
+
+
+def test_a_hundred_tensors_take_the_memory_of_one(tmp_path):
+    """The writer asks for each tensor once, and lets go of it before the next."""
+    from minibooth.checkpoint import files
+
+    alive, seen = [], []
+
+    def made(i):
+        def make(_):
+            import weakref
+
+            assert not any(ref() is not None for ref in alive)
+            tensor = torch.full((4,), float(i))
+            alive.append(weakref.ref(tensor))
+            seen.append(i)
+            return tensor
+
+        return make
+
+    view = files.View({}, {f"{i}": made(i) for i in range(100)})
+    shapes = dict.fromkeys(view, torch.empty(4, device="meta"))
+    view.__class__ = type("Counted", (files.View,), {"meta": shapes})
+    files.write_weights(tmp_path / "x.safetensors", view)
+    assert sorted(seen) == list(range(100))
+    assert all((x == int(name)).all() for name, x in load_file(tmp_path / "x.safetensors").items())
+
+
+def test_safetensors_own_writer_and_ours_agree(tmp_path):
+    from minibooth.checkpoint import files
+
+    kinds = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
+    tensors = {f"{dtype}": torch.arange(3).to(dtype) for dtype in kinds} | {"0": torch.tensor(1.5), "none": torch.empty(0, 3)}
+    save_file(tensors, tmp_path / "theirs.safetensors")
+    files.write_weights(tmp_path / "ours.safetensors", tensors)
+    assert_same_bits(load_file(tmp_path / "ours.safetensors"), load_file(tmp_path / "theirs.safetensors"))

@@ -1,0 +1,260 @@
+"""Stable Diffusion XL: diffusers' numbers and pictures, what it is told of sizes, and DreamBooth on it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_run import metrics, only, same_bits, small, train, trainer, weights, with_class
+
+import minibooth
+from minibooth import generate
+from minibooth.dreambooth import trainer as module
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", "ignore::FutureWarning:diffusers")
+PROMPTS, NEGATIVES = ["a photo of sks dog", "a cat! " * 40], ["", "dog"]
+TEXTS = ("text_encoder", "text_encoder_2")
+
+
+def normals(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def error(ours, theirs):
+    """Largest difference, in units of the largest value."""
+    assert ours.shape == theirs.shape
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+@pytest.fixture(scope="module")
+def ours(sdxl):
+    return minibooth.load(sdxl)
+
+
+@pytest.fixture(scope="module")
+def theirs(sdxl):
+    diffusers = pytest.importorskip("diffusers")
+    pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(sdxl, add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def condition(ours):
+    """Context, pooled and sizes of two prompts; the sizes of two crops."""
+    context, pooled, _ = ours.encode_prompts(PROMPTS)
+    return context.detach(), pooled.detach(), torch.tensor([[96, 96, 0, 0, 96, 96], [3000, 2000, 7, 311, 64, 96]])
+
+
+# ---- the reference's numbers
+
+
+@torch.no_grad()
+def test_prompts_are_encoded_as_diffusers_does(ours, theirs):
+    expected = theirs.encode_prompt(PROMPTS, negative_prompt=NEGATIVES, device="cpu")
+    context, pooled, _ = ours.encode_prompts(PROMPTS)
+    negative_context, negative_pooled, _ = ours.unconditional(NEGATIVES)
+    for mine, reference in zip((context, negative_context, pooled, negative_pooled), expected, strict=True):
+        assert error(mine, reference) <= 1e-5
+
+
+@torch.no_grad()
+def test_without_a_negative_prompt_guidance_leads_away_from_zeros(ours, theirs):
+    _, context, _, pooled = theirs.encode_prompt(PROMPTS[:1], device="cpu")
+    mine = ours.unconditional(None)
+    assert torch.equal(mine[0], context) and torch.equal(mine[1], pooled)
+    assert not context.any() and not pooled.any()
+
+
+@torch.no_grad()
+def test_no_zeros_where_the_folder_says_so(sdxl, copy_of):
+    folder = copy_of(sdxl)
+    index = json.loads((folder / "model_index.json").read_text()) | {"force_zeros_for_empty_prompt": False}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    pipe = minibooth.load(folder)
+    mine, encoded = pipe.unconditional(None), pipe.encode_prompts([""])
+    assert all(torch.equal(a, b) for a, b in zip(mine, encoded, strict=True))
+
+
+@pytest.mark.parametrize("height, width", [(8, 8), (12, 20)])
+def test_unet_gives_the_numbers_of_diffusers(ours, theirs, condition, height, width):
+    x, t = normals(2, 4, height, width), torch.tensor([999, 17])
+    context, pooled, sizes = condition
+    with torch.no_grad():
+        expected = theirs.unet(x, t, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}).sample
+        assert error(ours.unet(x, t, *condition), expected) <= 1e-5
+
+
+def test_unet_gradients_are_those_of_diffusers(ours, theirs, condition):
+    x, t, target = normals(2, 4, 8, 12), torch.tensor([3, 801]), normals(2, 4, 8, 12, seed=1)
+    context, pooled, sizes = condition
+    added = {"text_embeds": pooled, "time_ids": sizes}
+    gradients = []
+    for predict, unet in (
+        (lambda: ours.unet(x, t, *condition), ours.unet),
+        (lambda: theirs.unet(x, t, context, added_cond_kwargs=added).sample, theirs.unet),
+    ):
+        named = dict(unet.named_parameters())
+        loss = (predict() - target).square().mean()
+        gradients.append(dict(zip(named, torch.autograd.grad(loss, named.values()), strict=True)))
+    assert gradients[0].keys() == gradients[1].keys()
+    worst = max((error(gradients[0][name], gradients[1][name]), name) for name in gradients[0])
+    assert worst[0] <= 1e-4, worst
+
+
+@torch.no_grad()
+def test_vae_gives_the_numbers_of_diffusers(ours, theirs):
+    images = normals(2, 3, 64, 96).tanh()
+    assert error(ours.vae.encode(images).mean, theirs.vae.encode(images).latent_dist.mean) <= 1e-5
+    assert error(ours.vae.decode(normals(1, 4, 8, 8)), theirs.vae.decode(normals(1, 4, 8, 8)).sample) <= 1e-5
+    assert ours.vae.scaling_factor == 0.13025
+
+
+# ---- the reference's pictures
+
+
+def pixels(pictures):
+    return np.stack([np.asarray(picture, np.int16) for picture in pictures])
+
+
+def difference(left, right):
+    """In levels of 255, between pictures that show something."""
+    left, right = pixels(left), pixels(right)
+    assert left.shape == right.shape
+    assert left.std(axis=(1, 2, 3)).min() > 10
+    return np.abs(left - right).max()
+
+
+@pytest.mark.parametrize("negatives", [None, "", NEGATIVES], ids=["none", "empty", "given"])
+@pytest.mark.parametrize("guidance, height, width", [(5.0, 96, 96), (5.0, 64, 72), (1.0, 48, 40)])
+def test_pictures_are_those_of_diffusers(ours, theirs, negatives, guidance, height, width):
+    latents = normals(2, 4, height // 8, width // 8)
+    drawn = ours.generate(PROMPTS, negatives, height, width, 4, guidance, latents=latents)
+    theirs_negatives = [negatives] * 2 if isinstance(negatives, str) else negatives
+    options = dict(height=height, width=width, num_inference_steps=4, guidance_scale=guidance, latents=latents.clone())
+    assert difference(drawn, theirs(PROMPTS, negative_prompt=theirs_negatives, **options).images) <= 2
+
+
+def test_euler_is_the_default_and_a_seed_means_what_it_means_in_diffusers(ours, theirs):
+    generators = [torch.Generator().manual_seed(seed) for seed in (41, 42)]
+    options = dict(height=64, width=64, num_inference_steps=3, guidance_scale=7.5, generator=generators)
+    drawn = ours.generate(PROMPTS, height=64, width=64, steps=3, seed=41)
+    assert difference(drawn, theirs(PROMPTS, **options).images) <= 2
+    assert difference(drawn, ours.generate(PROMPTS, height=64, width=64, steps=3, seed=41, sampler="euler")) == 0
+    assert difference(drawn, ours.generate(PROMPTS, height=64, width=64, steps=3, seed=41, sampler="ddim")) > 2
+
+
+def test_the_command_draws_with_euler_too(ours, sdxl, tmp_path):
+    words = ["--model", str(sdxl), "--prompt", "a dog", "--steps", "2", "--seed", "3", "--output_dir", str(tmp_path)]
+    generate.main([*words, "--device=cpu", "--guidance_scale=5"])
+    with Image.open(tmp_path / "0000.png") as picture:
+        assert picture.info["sampler"] == "euler"
+        assert difference([picture], ours.generate("a dog", "", steps=2, guidance_scale=5, seed=3)) == 0
+
+
+@pytest.mark.parametrize("changed", [0, 1, 2], ids=["context", "pooled", "sizes"])
+def test_the_unet_heeds_all_it_is_told(ours, condition, changed):
+    others = [ours.encode_prompts(["a cat", "dog"])[0], ours.encode_prompts(["a cat", "dog"])[1], condition[2] + 200]
+    mixed = [others[i] if i == changed else each for i, each in enumerate(condition)]
+    with torch.no_grad():
+        before, after = (ours.unet(normals(2, 4, 8, 8), 500, *told) for told in (condition, mixed))
+    assert (after - before).std() > 0.02 * before.std()
+
+
+def test_a_saved_xl_is_the_one_that_was_read(ours, sdxl, tmp_path):
+    ours.save(tmp_path / "saved")
+    again = minibooth.load(tmp_path / "saved")
+    for name, network in ours.networks.items():
+        assert same_bits(dict(network.state_dict()), dict(getattr(again, name).state_dict()))
+    assert ours.networks.keys() == {*TEXTS, "unet", "vae"}
+
+
+# ---- training
+
+
+@pytest.fixture
+def few_drawing_steps(monkeypatch):
+    monkeypatch.setitem(module.VALIDATION, "steps", 2)
+
+
+def everything(folder):
+    """Tensors of a folder's networks, both text encoders included."""
+    return weights(folder) | {
+        f"text_encoder_2/{name}": x for name, x in minibooth.load(folder).text_encoder_2.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("texts", [False, True], ids=["unet", "text encoders too"])
+def test_dreambooth_trains_what_it_should_and_resumes_in_the_same_bits(texts, sdxl, tmp_path, few_drawing_steps):
+    changes = dict(max_train_steps=4, checkpointing_steps=2, train_text_encoder=texts, validation_prompt="a sks dog")
+    changes |= dict(validation_steps=2, num_validation_images=1) | with_class(tmp_path)
+    output = train(small(tmp_path, sdxl, **changes))
+    before, after = everything(sdxl), everything(output)
+    changed = {name.split("/")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"unet", *(TEXTS if texts else ())}
+    assert same_bits(only(after, "vae"), only(before, "vae"))
+    assert all(np.isfinite(line["loss"]) for line in metrics(output))
+    resumed = small(tmp_path, sdxl, **changes, output_dir=str(tmp_path / "resumed"))
+    (tmp_path / "resumed").mkdir()
+    (output / "checkpoint-2").rename(tmp_path / "resumed" / "checkpoint-2")
+    resumed.resume_from_checkpoint = "latest"
+    assert same_bits(everything(train(resumed)), after)
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_each_picture_is_told_its_own_sizes_and_crop(center, sdxl, tmp_path):
+    run = trainer(small(tmp_path, sdxl, center_crop=center))  # photographs of 48 x 40, crops of 64
+    run.prepare()
+    seen = torch.cat([run.sample(run.sets[0], n)[3] for n in range(12)])
+    assert {tuple(row) for row in seen[:, [0, 1]].tolist()} == {(40, 48)}
+    assert {tuple(row) for row in seen[:, [4, 5]].tolist()} == {(64, 64)}
+    top, left = seen[:, 2], seen[:, 3]
+    assert not top.any()
+    assert set(left.tolist()) == {6} if center else len(set(left.tolist())) > 2 and left.max() <= 76 - 64
+
+    told = []
+    forward = run.pipe.unet.forward
+    run.pipe.unet.forward = lambda *inputs: told.append(inputs[-1]) or forward(*inputs)
+    run.losses(0)
+    assert torch.equal(told[0], seen[:2])
+
+
+def test_the_loss_is_that_of_diffusers_unet_told_the_same(sdxl, theirs, tmp_path):
+    run = trainer(small(tmp_path, sdxl))
+    run.prepare()
+    x0, noise, t, sizes = (torch.cat(column) for column in zip(*(run.sample(run.sets[0], n) for n in range(2)), strict=True))
+    with torch.no_grad():
+        context, _, pooled, _ = theirs.encode_prompt(["a photo of sks dog"] * 2, device="cpu")
+        added = {"text_embeds": pooled, "time_ids": sizes}
+        prediction = theirs.unet(run.pipe.scheduler.add_noise(x0, noise, t), t, context, added_cond_kwargs=added).sample
+    expected = (prediction - noise).square().mean().item()
+    assert run.losses(0)["loss"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_diffusers_draws_with_the_result(sdxl, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    output = train(small(tmp_path, sdxl, max_train_steps=2))
+    pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(output, add_watermarker=False)
+    latents = normals(1, 4, 8, 8)
+    options = dict(height=64, width=64, num_inference_steps=2, guidance_scale=5.0, latents=latents.clone())
+    drawn = minibooth.load(output).generate("a photo of sks dog", None, 64, 64, 2, 5.0, latents=latents)
+    assert difference(drawn, pipeline("a photo of sks dog", **options).images) <= 2
+
+
+# ---- single files, in and out
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_training_goes_from_a_single_file_to_a_single_file(kind, tmp_path):
+    from safetensors.torch import load_file
+    from single_files import file
+
+    output = train(small(tmp_path, file(kind), output_format="single", max_train_steps=2))
+    before, after = load_file(file(kind)), load_file(output / "output.safetensors")
+    assert {name: x.shape for name, x in after.items()} == {name: x.shape for name, x in before.items()}
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"model"}
+    assert not (output / "model_index.json").exists()
+    drawn = minibooth.load(output / "output.safetensors").generate("a dog", height=64, width=64, steps=1, seed=0)
+    assert pixels(drawn).std() > 10
