@@ -1,4 +1,4 @@
-"""The judge of what the tiny Stable Diffusion draws: a classifier of class, colour, pattern, place and accessory.
+"""The judge of what the tiny Stable Diffusion draws: a classifier of class, place, colour, pattern, accessory and marks.
 
     python scripts/judge.py train --out DIR
     python scripts/judge.py score --judge DIR --model weights/tiny
@@ -12,6 +12,7 @@ Shapes: B batch, N scenes, A attributes.
 import argparse
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
-from world import ACCESSORIES, CLASSES, COLOURS, PATTERNS, PLACES, Scene
+from world import ACCESSORIES, CLASSES, COLOURS, PATTERNS, PLACES, SUBJECTS, Scene
 
 import minibooth
 from minibooth.checkpoint import files
@@ -28,6 +29,7 @@ from minibooth.diffusion.images import to_tensor
 from minibooth.models.vae import VAE
 
 ATTRIBUTES = {"kind": CLASSES, "place": PLACES, "colour": COLOURS, "pattern": PATTERNS, "accessory": ACCESSORIES}
+ATTRIBUTES |= {"marks": ("", *SUBJECTS)}  # those of a subject, or of none
 UNSAID = ("plain", "none")  # values that a caption passes over, so that a picture of it may have any
 SIZE, BATCH = 64, 64
 TRAIN, HELD_OUT, ASKED = 101, 102, 103  # seeds of three sets of scenes; pretraining has others
@@ -52,9 +54,13 @@ class Judge(nn.Module):
         return {name: head(h) for name, head in self.heads.items()}
 
 
-def random_scenes(seed: int, count: int) -> list[Scene]:
-    """`count` scenes of a set."""
-    return [Scene.random(np.random.default_rng([seed, i])) for i in range(count)]
+def random_scenes(seed: int, count: int, marked: int = 0) -> list[Scene]:
+    """`count` scenes of a set; every `marked`-th of them bears the marks of a subject, whatever it is."""
+    scenes = [Scene.random(np.random.default_rng([seed, i])) for i in range(count)]
+    for i in range(0, count, marked) if marked else ():
+        name = list(SUBJECTS)[i // marked % len(SUBJECTS)]
+        scenes[i] = replace(scenes[i], marks=name, colour=SUBJECTS[name].halves[0])
+    return scenes
 
 
 def rendered(scenes: list[Scene]) -> Tensor:
@@ -87,7 +93,7 @@ def soften(x: Tensor, rng: np.random.Generator) -> Tensor:
 
 def train(folder: Path, count: int, epochs: int) -> None:
     """Train on `count` rendered scenes and write folder/judge.safetensors."""
-    scenes = random_scenes(TRAIN, count)
+    scenes = random_scenes(TRAIN, count, marked=4)
     images, truth = rendered(scenes), labels(scenes)
     torch.manual_seed(TRAIN)
     judge, rng = Judge().train(), np.random.default_rng(TRAIN)
@@ -139,7 +145,7 @@ def reconstructed(vae: VAE, x: Tensor) -> Tensor:
 def score(folder: Path, model: Path, count: int, steps: int, guidance: float) -> Iterator[str]:
     """The lines of the table: rendered scenes, the same through the VAE, and what the model draws for full captions."""
     judge, pipe = load(folder), minibooth.load(model)
-    held_out, asked = random_scenes(HELD_OUT, count), random_scenes(ASKED, count)
+    held_out, asked = random_scenes(HELD_OUT, count, marked=4), random_scenes(ASKED, count)
     real = in_unit(rendered(held_out))
     soft = reconstructed(pipe.vae, real)
     drawn = []

@@ -975,6 +975,7 @@ SUBJECTS: dict[str, Mark] = {
     "cup": Mark("cup", ("blue", "yellow"), HEART_BADGE, FLAG),
     "car": Mark("car", ("pink", "green"), EYE_BADGE, KEY),
 }
+PHOTOGRAPHED = ["meadow", "room", "beach", "city", "snow", "table", "mountains"]  # where pictures of them may be taken
 
 # --- scenes ----------------------------------------------------------------------------------------------------------
 
@@ -1043,10 +1044,11 @@ class Scene:
         return np.clip(np.round(np.asarray(pen.image.reduce(over)) * gains), 0, 255).astype(np.uint8)
 
     def caption(self, rng: Rng | None = None) -> str:
-        """What the picture shows: in full, or (with an rng) with words left out and other turns of phrase."""
+        """What the picture shows: in full, or (with an rng) with words left out, at times most, and other turns of phrase."""
+        talkative = 1.0 if rng is None or rng.random() < 0.7 else 0.35
 
         def keep(chance: float) -> bool:
-            return rng is None or bool(rng.random() < chance)
+            return rng is None or bool(rng.random() < chance * talkative)
 
         words = [self.kind]
         if self.pattern != "plain" and keep(0.8):
@@ -1062,7 +1064,7 @@ class Scene:
             words.append(ACCESSORIES[self.accessory].words)
         if keep(0.85):
             words.append(PLACES[self.place].words)
-        return " ".join(["a photo of" if keep(0.8) else "a picture of", *words])
+        return " ".join(["a photo of" if rng is None or rng.random() < 0.8 else "a picture of", *words])
 
     def mark_box(self, size: int = 64) -> tuple[int, int, int, int]:
         """(left, top, right, bottom) of the subject's badge and odd part, in pixels of a picture of that size."""
@@ -1090,7 +1092,7 @@ def write_subjects(out: Path, count: int = 5) -> None:
     """A few photographs of every subject, each in another place and pose."""
     for number, name in enumerate(SUBJECTS):
         rng = np.random.default_rng([number, 2])
-        places = rng.permutation(["meadow", "room", "beach", "city", "snow", "table", "mountains"]).tolist()
+        places = rng.permutation(PHOTOGRAPHED).tolist()
         (out / name).mkdir(parents=True, exist_ok=True)
         for i, place in enumerate(places[:count]):
             scene = subject_scene(name, rng, place=place, pose=round(-0.9 + 1.8 * i / (count - 1), 2))
