@@ -19,7 +19,7 @@ EMBEDDED: dict[
 ] = {  # the run on the repository's own small model, where neither a model nor photographs are named
     "pretrained_model_name_or_path": str(WEIGHTS / "tiny"),
     "instance_data_dir": str(WEIGHTS / "subject" / "robot"),
-    "instance_prompt": "a photo of a sks robot",
+    "instance_prompt": "a photo of a zwx robot",
     "class_prompt": "a photo of a robot",
     "with_prior_preservation": True,
     "num_class_images": 48,
@@ -28,7 +28,7 @@ EMBEDDED: dict[
     "max_train_steps": 200,
     "learning_rate": 1e-4,
     "lr_warmup_steps": 0,
-    "validation_prompt": "a photo of a sks robot in the snow | a photo of a sks robot wearing a crown on the beach",
+    "validation_prompt": "a photo of a zwx robot in the snow | a photo of a zwx robot wearing a crown on the beach",
     "seed": 0,
 }
 EPILOGUE = "The flags are those of diffusers' train_dreambooth.py, with its spelling (- and _ are alike) and its defaults."
@@ -39,9 +39,15 @@ def parse(argv: Sequence[str]) -> Settings:
     parser = command.Parser("python -m minibooth.train", __doc__, EPILOGUE)
     for f in dataclasses.fields(Settings):
         kind = next((each for each in typing.get_args(f.type) if each is not type(None)), f.type)
-        how = {"action": "store_true"} if kind is bool else {"type": kind, "choices": f.metadata.get("choices")}
+        how: dict[str, typing.Any] = {"action": "store_true"}
+        if kind is not bool:
+            how = {"type": kind, "choices": f.metadata.get("choices")}
+        if isinstance(f.default, tuple):
+            how["nargs"] = len(f.default)
         parser.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"], **how)
-    return Settings(**vars(parser.parse_args(command.normalise(argv))))
+    given = vars(parser.parse_args(command.normalise(argv)))
+    values: dict[str, typing.Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in given.items()}
+    return Settings(**values)
 
 
 def embedded(settings: Settings) -> Settings:
@@ -53,22 +59,48 @@ def embedded(settings: Settings) -> Settings:
     return dataclasses.replace(settings, **{name: EMBEDDED[name] for name in untouched if name in EMBEDDED})
 
 
-def main(argv: Sequence[str]) -> None:
-    """Train as the command line says, and leave the result in --output_dir."""
-    settings = embedded(parse(argv))
+def second(settings: Settings) -> Settings:
+    """The paper's second step, where --upscaler azwx for it: the same photographs, another model, no class pictures."""
+    return dataclasses.replace(
+        settings,
+        pretrained_model_name_or_path=settings.upscaler, upscaler="", stage="super_resolution",
+        variant=None, revision=None, prediction_type=None, train_text_encoder=False, with_prior_preservation=False,
+        validation_prompt=settings.validation_prompt and settings.instance_prompt,
+        output_dir=str(Path(settings.output_dir) / "upscaler"), push_to_hub=False,
+        resume_from_checkpoint=settings.resume_from_checkpoint and "latest",
+    )  # fmt: skip
+
+
+def trainer(settings: Settings) -> Trainer:
+    """The run on the device and in the precision that the settings, or the machine, call for."""
     device = command.device(settings.device)
-    torch.backends.cuda.matmul.allow_tf32 = settings.allow_tf32
     precision = settings.prior_generation_precision or ("fp16" if device.type == "cuda" else "fp32")
-    trainer = Trainer(settings, device, command.DTYPES[settings.mixed_precision or "no"], command.DTYPES[precision])
-    print("\n".join(f"{name:>10}  {value}" for name, value in trainer.summary()), flush=True)
+    return Trainer(settings, device, command.DTYPES[settings.mixed_precision or "no"], command.DTYPES[precision])
+
+
+def train(settings: Settings) -> tuple[str, str]:
+    """One step of the paper, start to end; returns the command that draws with what it left, and the model to name there."""
+    run = trainer(settings)
+    print("\n".join(f"{name:>10}  {value}" for name, value in run.summary()), flush=True)
     repository = hub.reserve(settings) if settings.push_to_hub else None
-    trainer.train()
+    run.train()
     if repository:
         hub.push(settings, repository)
         print(f"uploaded to {repository}")
-    prompt = f"{settings.instance_prompt} in the snow"
-    model = f"{settings.pretrained_model_name_or_path} --lora {settings.output_dir}" if settings.rank else trainer.result
-    print(f'draw with it:  python -m minibooth.generate --model {model} --prompt "{prompt}"')
+    lora = f"{settings.pretrained_model_name_or_path} --lora {settings.output_dir}"
+    return run.stage.use, lora if settings.rank else str(run.result)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Train as the command line says, and leave the result in --output_dir."""
+    settings = embedded(parse(argv))
+    torch.backends.cuda.matmul.allow_tf32 = settings.allow_tf32
+    steps = [settings, second(settings)] if settings.upscaler else [settings]
+    for later in steps[1:]:
+        trainer(later)  # what would stop it is to be known now
+    (use, *_), models = zip(*map(train, steps), strict=True)
+    model = " --upscaler ".join(models)
+    print(f'draw with it:  python -m minibooth.{use} --model {model} --prompt "{settings.instance_prompt} in the snow"')
 
 
 if __name__ == "__main__":

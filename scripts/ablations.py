@@ -47,14 +47,14 @@ DRAWING = {"steps": 25, "guidance_scale": 4.0}
 def prompts(name: str) -> list[str]:
     """The ten new ones."""
     words = [" ".join([ACCESSORIES[accessory].words, PLACES[place].words]).strip() for place, accessory in ASKED]
-    return [f"a photo of a sks {SUBJECTS[name].kind} {each}" for each in words]
+    return [f"a photo of a zwx {SUBJECTS[name].kind} {each}" for each in words]
 
 
 def train(folder: Path, name: str, seed: int, changes: dict) -> None:
     """The default run with other photographs, and `changes`."""
     kind = SUBJECTS[name].kind
     photographs = {"instance_data_dir": str(WEIGHTS / "subject" / name), "output_dir": str(folder)}
-    words = {"instance_prompt": f"a photo of a sks {kind}", "class_prompt": f"a photo of a {kind}"}
+    words = {"instance_prompt": f"a photo of a zwx {kind}", "class_prompt": f"a photo of a {kind}"}
     own = {"seed": seed, "validation_prompt": None, "class_data_dir": str(folder.parent / f"class-{kind}")}
     settings = Settings(**(EMBEDDED | photographs | words | own | changes))
     Trainer(settings, torch.device("cpu"), torch.float32, torch.float32).train()

@@ -3,28 +3,28 @@
     python scripts/pretrain_tiny.py --out weights/tiny --work DIR --minutes 120
 
 Stages, each kept in DIR and skipped or continued by the next call: pictures of random scenes; a vocabulary learnt from
-their captions; the VAE (Rombach et al. 2022, section 3.1); the latents of all scenes; UNet and text encoder together,
-with captions dropped for classifier-free guidance. A larger --minutes takes the training up again from where it ended.
+their captions; the VAE (Rombach et al. 2022, section 3.1); the latents of all scenes; the VAE's decoder for a while longer;
+UNet and text encoder together, with captions dropped for classifier-free guidance. A larger --minutes takes the training
+up again from where it ended.
 
 Shapes: B batch, N scenes, Z latent channels, h x w latent size.
 """
 
 import argparse
-import copy
 import json
 import os
-import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from itertools import pairwise, repeat
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from pretraining import Training, export, psnr, start_at_zero, to_batch
 from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
@@ -43,6 +43,11 @@ from minibooth.models.vae import VAE
 
 CHUNK, HELD_OUT, SIZE, SEED = 1000, 500, 64, 0
 RARE = "sks zwx olis qiv"  # identifiers for DreamBooth: a token each, in no caption
+INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "requires_safety_checker": False,
+    **dict.fromkeys(("feature_extractor", "image_encoder", "safety_checker"), [None, None]),
+}
 COMMON = "the and with without my this toy cute tiny drawing painting portrait background"
 CONFIGS = {  # the folder's files, but for what is measured: the vocabulary's size and the scaling factor
     "vae": dict(
@@ -65,15 +70,6 @@ CONFIGS = {  # the folder's files, but for what is measured: the vocabulary's si
         clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction",
     ),
 }  # fmt: skip
-CLASSES = {
-    "scheduler": ["diffusers", "DDIMScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-    **dict.fromkeys(("feature_extractor", "image_encoder", "safety_checker"), [None, None]),
-}
-
 
 # --- scenes and their captions ---------------------------------------------------------------------------------------
 
@@ -97,9 +93,9 @@ def render_all(folder: Path, count: int, workers: int) -> list[Scene]:
     return [Scene(**scene) for i in chunks for scene in json.loads((folder / f"{i:04d}.json").read_text())]
 
 
-def to_batch(images: np.ndarray) -> Tensor:
-    """uint8 [B, H, W, 3] -> [B, 3, H, W] in [-1, 1]."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+def scene_images(work: Path) -> np.ndarray:
+    """All pictures, uint8 [N, H, W, 3]."""
+    return np.concatenate([np.load(path) for path in sorted((work / "scenes").glob("*.npy"))])
 
 
 def learn_merges(words: Counter[str]) -> list[tuple[str, str]]:
@@ -137,128 +133,6 @@ def learn_vocabulary(folder: Path, captions: Sequence[str]) -> None:
         (temporary / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
 
 
-# --- training --------------------------------------------------------------------------------------------------------
-
-
-def start_at_zero(network: nn.Module, names: tuple[str, ...]) -> None:
-    """Zero the layers so named: what is added to a residual stream starts at nothing, as in Ho et al. 2020's code."""
-    for name, module in network.named_modules():
-        if name.endswith(names):
-            for parameter in module.parameters():
-                nn.init.zeros_(parameter)
-
-
-def orthogonal(x: Tensor) -> Tensor:
-    """About the orthogonal matrix nearest to x (of more than one axis, the others flattened), by Newton and Schulz."""
-    rows = x.flatten(1).bfloat16()
-    wide = rows if rows.shape[0] < rows.shape[1] else rows.T
-    wide = wide / (wide.norm() + 1e-7)
-    for _ in range(5):
-        square = wide @ wide.T
-        wide = 3.4445 * wide + (2.0315 * square @ square - 4.775 * square) @ wide
-    return (wide if rows.shape[0] < rows.shape[1] else wide.T).reshape(x.shape).to(x.dtype)
-
-
-class Training:
-    """A network on its way: optimiser, moving average and clock, all in one file from which a restart goes on.
-
-    loss(network, *batch) is a scalar. On a CPU each thread takes its share of the batch: two threads of one core each
-    beat operations spread over two cores by 40 %. Matrices learn by Muon (Jordan et al. 2024), which moves in every
-    direction alike: the VAE reaches in 500 steps what it does not in 4,000 by Adam, to which light and dark are all.
-    Vectors and embeddings learn by Adam at a tenth of the rate. The rate is constant and falls to zero over the last
-    fifth of the budget; with a larger budget it comes up again.
-    """
-
-    def __init__(self, path: Path, network: nn.Module, loss: Callable[..., Tensor], rate: float, minutes: float, threads: int):
-        self.path, self.network, self.loss, self.rate, self.budget = path, network, loss, rate, 60 * minutes
-        self.average = copy.deepcopy(network).requires_grad_(False).eval()
-        self.parameters = dict(network.named_parameters())
-        self.momentum = {name: torch.zeros_like(x) for name, x in self.parameters.items()}
-        vectors = {name: x for name, x in self.parameters.items() if x.dim() == 1 or "embedding.weight" in name}
-        self.square = {name: torch.zeros_like(x) for name, x in vectors.items()}
-        self.clock = torch.zeros(3, dtype=torch.float64)  # steps, samples seen, seconds
-        self.device = next(network.parameters()).device
-        self.shares = threads if self.device.type == "cpu" else 1
-        self.pool = ThreadPoolExecutor(self.shares)
-        if path.exists():
-            for name, x in load_file(path).items():
-                self.state[name].copy_(x)
-
-    @property
-    def state(self) -> dict[str, Tensor]:
-        """Everything a restart needs, in place."""
-        parts = {
-            "network": self.network.state_dict(),
-            "average": self.average.state_dict(),
-            "momentum": self.momentum,
-            "square": self.square,
-            "clock": {"": self.clock},
-        }
-        return {f"{part}.{name}": x for part, tensors in parts.items() for name, x in tensors.items()}
-
-    @property
-    def seconds(self) -> float:
-        """Time spent so far, over all calls."""
-        return self.clock[2].item()
-
-    def gradients(self, share: Sequence[Tensor]) -> tuple[float, Sequence[Tensor]]:
-        """One thread's part of a step."""
-        with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):  # the cache is common to all threads
-            loss = self.loss(self.network, *share) / self.shares
-        return loss.item(), torch.autograd.grad(loss, list(self.parameters.values()))
-
-    @torch.no_grad()
-    def update(self, name: str, parts: Sequence[Tensor], rate: float) -> None:
-        """One parameter's step along its gradient, the sum of the threads' parts."""
-        parameter, momentum, gradient, step = (
-            self.parameters[name],
-            self.momentum[name],
-            sum(parts),
-            self.clock[0].item(),
-        )
-        momentum.lerp_(gradient, 0.05)
-        if name in self.square:
-            square = self.square[name].lerp_(gradient.square(), 0.01)
-            scale = (square / (1 - 0.99**step)).sqrt() + 1e-8
-            parameter -= 0.1 * rate / (1 - 0.95**step) * momentum / scale
-        else:
-            tall = max(1.0, len(parameter) / parameter[0].numel()) ** 0.5
-            parameter -= rate * tall * orthogonal(gradient.lerp(momentum, 0.95))
-        weight = max(9 / (step + 9), 2e-4)  # an average over about the last tenth of all steps
-        self.average.get_parameter(name).lerp_(parameter, weight)
-
-    def step(self, batch: Sequence[Tensor]) -> float:
-        """One update; returns the loss."""
-        shares = zip(*(x.to(self.device).chunk(self.shares) for x in batch), strict=True)
-        losses, gradients = zip(*self.pool.map(self.gradients, shares), strict=True)
-        self.clock += torch.tensor([1, len(batch[0]), 0])
-        rate = self.rate * max(0.0, min(1.0, self.clock[0].item() / 100, 5 * (1 - self.seconds / self.budget)))
-        list(self.pool.map(self.update, self.parameters, zip(*gradients, strict=True), repeat(rate)))
-        return sum(losses)
-
-    def run(self, draw: Callable[[int], Sequence[Tensor]], show: Callable[[], None]) -> None:
-        """Train on draw(step) until the budget is spent; a line a minute, every third the state, every tenth a show."""
-        losses: list[float] = []
-        last = logged = kept = shown = time.monotonic()
-        while self.seconds < self.budget:
-            losses.append(self.step(batch := draw(int(self.clock[0]))))
-            now = time.monotonic()
-            self.clock[2] += now - last
-            last = now
-            if now - logged > 60:
-                loss, speed = sum(losses) / len(losses), len(losses) * len(batch[0]) / (now - logged)
-                done = f"{self.seconds / 60:.1f} of {self.budget / 60:g} min, step {self.clock[0]:.0f}"
-                print(f"{self.path.stem}: {done}, {speed:.1f} samples/s, loss {loss:.4f}", flush=True)
-                losses, logged = [], now
-            over = self.seconds >= self.budget
-            if now - kept > 180 or over:
-                files.write_weights(self.path, self.state)
-                kept = now
-            if now - shown > 600 or over:
-                show()
-                shown = now
-
-
 # --- the VAE ---------------------------------------------------------------------------------------------------------
 
 
@@ -285,7 +159,7 @@ def train_vae(args: argparse.Namespace) -> None:
     Then every scene's posterior goes to latents.safetensors, with the factor that brings the latents to unit variance.
     """
     work, device = args.work, args.device
-    images = np.concatenate([np.load(path) for path in sorted((work / "scenes").glob("*.npy"))])
+    images = scene_images(work)
     train, held_out = images[:-HELD_OUT], to_batch(images[-HELD_OUT:])
     vae = VAE(VAEConfig.from_dict(CONFIGS["vae"])).to(device)
     start_at_zero(vae, ("conv2", "to_out.0"))
@@ -305,8 +179,7 @@ def train_vae(args: argparse.Namespace) -> None:
     def show() -> None:
         x = held_out[:200].to(device)
         y = torch.cat([vae.decode(vae.encode(part).mean) for part in x.split(20)]).clamp(-1, 1)
-        psnr = -10 * (0.25 * (x - y).square().mean(dim=(1, 2, 3))).log10().mean()
-        print(f"vae: {psnr:.2f} dB on held-out scenes", flush=True)
+        print(f"vae: {psnr(x, y):.2f} dB on held-out scenes", flush=True)
         pairs = [to_image(torch.cat(pair, dim=1)).resize((128, 256)) for pair in zip(x[:24], y[:24], strict=True)]
         grid(pairs, 12).save(work / "vae.png")
 
@@ -321,6 +194,47 @@ def train_vae(args: argparse.Namespace) -> None:
     scale = (mean.float().var() + std.float().square().mean()).rsqrt()
     print(f"{len(mean)} latents: scaling factor {scale:.4f}, noise {std.float().mean() * scale:.3f}", flush=True)
     files.write_weights(work / "latents.safetensors", {"mean": mean, "std": std, "scale": scale})
+
+
+def decoder_loss(parts: nn.ModuleDict, z: Tensor, x: Tensor) -> Tensor:
+    """The squared error of what is decoded."""
+    return F.mse_loss(parts["decoder"](parts["post_quant_conv"](z)).float(), x)
+
+
+def train_decoder(args: argparse.Namespace) -> None:
+    """The decoder alone, on whole pictures and for the squared error only: latents stay what the UNet knows.
+
+    As Stability AI did with the VAE of Stable Diffusion (sd-vae-ft-mse).
+    """
+    images, latents = scene_images(args.work), load_file(args.work / "latents.safetensors")
+    vae = trained_vae(args.work).to(args.device)
+    parts = nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder})
+    training = Training(args.work / "decoder.safetensors", parts, decoder_loss, 0.01, args.decoder_minutes, args.threads)
+
+    def draw(step: int) -> tuple[Tensor, Tensor]:
+        rng, noise = np.random.default_rng([SEED, 3, step]), generator(SEED, "decoder", step)
+        which = rng.integers(len(images) - HELD_OUT, size=16)
+        mean, std = (latents[key][which].float() for key in ("mean", "std"))
+        return mean + std * torch.randn(mean.shape, generator=noise), to_batch(images[which])
+
+    @torch.no_grad()
+    def show() -> None:
+        x, z = to_batch(images[-HELD_OUT:][:200]), latents["mean"][-HELD_OUT:][:200].float()
+        y = torch.cat([vae.decoder(vae.post_quant_conv(part)) for part in z.to(args.device).split(20)]).clamp(-1, 1).cpu()
+        print(f"decoder: {psnr(x, y):.2f} dB on held-out scenes", flush=True)
+
+    vae.post_quant_conv, vae.decoder = training.average["post_quant_conv"], training.average["decoder"]
+    training.run(draw, show)
+
+
+def trained_vae(work: Path) -> VAE:
+    """The VAE so far: its averaged weights, the decoder's from its own stage if it has begun, and the measured factor."""
+    scale = round(load_file(work / "latents.safetensors")["scale"].item(), 5)
+    vae = VAE(VAEConfig.from_dict(CONFIGS["vae"] | {"scaling_factor": scale}))
+    found = [load_file(path) for path in (work / "vae.safetensors", work / "decoder.safetensors") if path.exists()]
+    weights = {name.removeprefix("average."): x for each in found for name, x in each.items() if name.startswith("average.")}
+    vae.load_state_dict(weights)
+    return vae
 
 
 # --- UNet and text encoder -------------------------------------------------------------------------------------------
@@ -352,9 +266,8 @@ def train_generator(args: argparse.Namespace, scenes: list[Scene], tokens: dict[
     scheduler, batch = DDPMScheduler.from_config(CONFIGS["scheduler"]), 48 if device.type == "cpu" else 256
     networks = new_generator(len(json.loads(tokens["vocab.json"]))).to(device)
     training = Training(work / "generator.safetensors", networks, generator_loss, 0.02, args.minutes, args.threads)
-    scale = round(latents["scale"].item(), 5)
-    vae = VAE(VAEConfig.from_dict(CONFIGS["vae"] | {"scaling_factor": scale}))
-    vae.load_state_dict({k[8:]: x for k, x in load_file(work / "vae.safetensors").items() if k.startswith("average.")})
+    vae = trained_vae(work)
+    scale = vae.config.scaling_factor
     captions = [scene.caption() for scene in scenes[-24:]]
 
     def draw(step: int) -> tuple[Tensor, ...]:
@@ -370,7 +283,7 @@ def train_generator(args: argparse.Namespace, scenes: list[Scene], tokens: dict[
         return scheduler.add_noise(x0, eps, t), t, tokenizer(words), scheduler.target(x0, eps, t), weight
 
     def show() -> None:
-        export(args.out, {**training.average, "vae": vae}, tokens)
+        export(args.out, INDEX, CONFIGS, {**training.average, "vae": vae}, tokens)
         pipe = minibooth.load(args.out, device=device)
         with torch.autocast(device.type, torch.bfloat16):
             drawn = pipe.generate(captions, steps=25, guidance_scale=4.0, seed=0)
@@ -390,29 +303,6 @@ def labelled(picture: Image.Image, caption: str) -> Image.Image:
     return card
 
 
-def export(out: Path, networks: dict[str, nn.Module], tokens: dict[str, bytes]) -> None:
-    """Write the diffusers layout in fp16."""
-    ids = json.loads(tokens["vocab.json"])
-    measured = {
-        "vae": {"scaling_factor": networks["vae"].config.scaling_factor},
-        "text_encoder": {"vocab_size": len(ids), "bos_token_id": ids[START], "eos_token_id": ids[END]},
-    }
-    index = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False, **CLASSES}
-    small = {"model_index.json": json.dumps(index, indent=2).encode()}
-    small |= {f"tokenizer/{name}": data for name, data in tokens.items()}
-    for part, config in CONFIGS.items():
-        name = "scheduler_config.json" if part == "scheduler" else "config.json"
-        small[f"{part}/{name}"] = json.dumps(config | measured.get(part, {}), indent=2).encode()
-    with files.replacing(out, merge=True) as temporary:
-        for name, data in small.items():
-            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-            (temporary / name).write_bytes(data)
-        for part, network in networks.items():
-            stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
-            halves = {name: x.half() for name, x in network.state_dict().items()}
-            files.write_weights(temporary / part / f"{stem}.safetensors", halves)
-
-
 def main() -> None:
     """The stages in turn."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -420,6 +310,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for scenes, training state and sample grids")
     parser.add_argument("--minutes", type=float, default=120, help="UNet and text encoder, all calls (default 120)")
     parser.add_argument("--vae-minutes", type=float, default=30, help="the VAE, all calls (default 30)")
+    parser.add_argument("--decoder-minutes", type=float, default=15, help="its decoder alone, all calls (default 15)")
     parser.add_argument("--scenes", type=int, default=40_000, help="how many to draw (default 40000)")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu (default) or cuda")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="processor cores to use (default all)")
@@ -433,6 +324,7 @@ def main() -> None:
     tokens = {path.name: path.read_bytes() for path in vocabulary.iterdir()}
     if not (args.work / "latents.safetensors").exists():
         train_vae(args)
+    train_decoder(args)
     train_generator(args, scenes, tokens)
 
 

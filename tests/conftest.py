@@ -1,7 +1,7 @@
 """Small Stable Diffusions that the tests make themselves: published configurations, narrow, with random weights.
 
-`sd1`, `sd2` and `sdxl` are folders in the diffusers layout, shared by the whole session: read them, and change only what
-`copy_of(folder)` gives. `checkpoint` is either of the first two in turn.
+`sd1`, `sd2`, `sdxl` and `x4` are folders in the diffusers layout, shared by the whole session: read them, and change only
+what `copy_of(folder)` gives. `checkpoint` is either of the first two in turn.
 """
 
 import json
@@ -99,6 +99,29 @@ SDXL = {
     ),
 }  # fmt: skip
 
+# What the x4-upscaler says otherwise: the picture and its noise level beside the latent, a VAE of three levels.
+X4_BETAS = dict(beta_start=0.0001, beta_end=0.02)
+X4 = {
+    "unet": dict(
+        attention_head_dim=8, block_out_channels=[16, 32, 32, 64], cross_attention_dim=32,
+        down_block_types=["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 3, in_channels=7, layers_per_block=1,
+        norm_num_groups=16, num_class_embeds=1000, only_cross_attention=[True, True, True, False], sample_size=16,
+        up_block_types=["CrossAttnUpBlock2D"] * 3 + ["UpBlock2D"], use_linear_projection=True,
+    ),
+    "vae": dict(
+        block_out_channels=[8, 8, 16], down_block_types=["DownEncoderBlock2D"] * 3, scaling_factor=0.08333,
+        up_block_types=["UpDecoderBlock2D"] * 3,
+    ),
+    "text_encoder": SD2["text_encoder"],
+    "scheduler": dict(_class_name="DDIMScheduler", prediction_type="v_prediction", **X4_BETAS),
+    "low_res_scheduler": dict(_class_name="DDPMScheduler", prediction_type="epsilon", **X4_BETAS),
+    "tokenizer": SD2["tokenizer"],
+    "model_index": dict(
+        _class_name="StableDiffusionUpscalePipeline", low_res_scheduler=["diffusers", "DDPMScheduler"], max_noise_level=350,
+        scheduler=["diffusers", "DDIMScheduler"],
+    ),
+}  # fmt: skip
+
 
 def randomise(network: nn.Module, seed: int) -> None:
     """Weights that keep a signal's size and mix it thoroughly, so that every one of them shows in the output."""
@@ -143,13 +166,14 @@ def make_checkpoint(folder: Path, changes: dict[str, dict], seed: int) -> Path:
         randomise(made, seed + i)
         stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
         save_file(made.state_dict(), folder / name / f"{stem}.safetensors", metadata={"format": "pt"})
-    write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER | changes.get("scheduler", {}))
+    for name in ("scheduler", *({"low_res_scheduler"} & changes.keys())):
+        write_json(folder / name / "scheduler_config.json", SCHEDULER | changes.get(name, {}))
     for name in (name.replace("text_encoder", "tokenizer") for name in kinds if name.startswith("text_encoder")):
         write_json(folder / name / "tokenizer_config.json", TOKENIZER | changes.get(name, {}))
         write_json(folder / name / "vocab.json", vocab)
         (folder / name / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES]) + "\n")
     index = MODEL_INDEX | changes.get("model_index", {})
-    if "text_encoder_2" in kinds:
+    if index["_class_name"] != "StableDiffusionPipeline":
         index = {key: value for key, value in index.items() if "safety" not in key}
     write_json(folder / "model_index.json", index)
     return folder
@@ -171,6 +195,12 @@ def sd2(tmp_path_factory) -> Path:
 def sdxl(tmp_path_factory) -> Path:
     """A folder like Stable Diffusion XL's, of about 500,000 parameters; draws 96 x 96 pixels."""
     return make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "sdxl", SDXL, seed=40)
+
+
+@pytest.fixture(scope="session")
+def x4(tmp_path_factory) -> Path:
+    """A folder like the x4-upscaler's, of about 700,000 parameters."""
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "x4", X4, seed=60)
 
 
 @pytest.fixture(scope="session", params=["sd1", "sd2"])

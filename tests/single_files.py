@@ -5,14 +5,14 @@ import tempfile
 from pathlib import Path
 
 import torch
-from conftest import SD2, SDXL, make_checkpoint
+from conftest import SD2, SDXL, X4, make_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import minibooth
 
-TINY = {  # SD 1: 8 heads; SD 2 and XL: a head for each 64 channels
+TINY = {  # SD 1: 8 heads; SD 2 and XL, and every text encoder: a head for each 64 channels
     "sd1": {
         "unet": dict(attention_head_dim=8, layers_per_block=1, norm_num_groups=16),
         "text_encoder": dict(num_attention_heads=1),
@@ -32,11 +32,16 @@ TINY = {  # SD 1: 8 heads; SD 2 and XL: a head for each 64 channels
         "text_encoder": dict(num_attention_heads=1),
         "text_encoder_2": dict(hidden_size=128, intermediate_size=256, num_attention_heads=2),
     },
+    "x4": {
+        "unet": dict(cross_attention_dim=128),
+        "text_encoder": dict(hidden_size=128, intermediate_size=256, num_attention_heads=2),
+    },
 }  # fmt: skip
-BASE = {"sd1": {}, "sd2": SD2, "sdxl": SDXL}
+BASE = {"sd1": {}, "sd2": SD2, "sdxl": SDXL, "x4": X4}
 TEXT = {  # where each file's text encoders stand
     "sd1": ["cond_stage_model.transformer."],
     "sd2": ["cond_stage_model.model."],
+    "x4": ["cond_stage_model.model."],
     "sdxl": ["conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."],
 }
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")

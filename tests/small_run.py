@@ -63,11 +63,12 @@ def with_class(folder: Path) -> dict:
     return dict(with_prior_preservation=True, class_prompt="a photo of dog", class_data_dir=str(own), num_class_images=4)
 
 
-def trainer(settings: Settings, dtype: torch.dtype = torch.float32) -> Trainer:
+def trainer(settings: Settings, dtype: torch.dtype | None = None) -> Trainer:
+    dtype = dtype or command.DTYPES[settings.mixed_precision or "no"]
     return Trainer(settings, torch.device("cpu"), dtype, torch.float32)
 
 
-def train(settings: Settings, dtype: torch.dtype = torch.float32) -> Path:
+def train(settings: Settings, dtype: torch.dtype | None = None) -> Path:
     """Run it; returns its output folder."""
     trainer(settings, dtype).train()
     return Path(settings.output_dir)

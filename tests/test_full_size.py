@@ -1,8 +1,8 @@
-"""At full size, Stable Diffusion 1.4 and 2.1 give diffusers' numbers, and load no slower than there.
+"""At full size, Stable Diffusion 1.4, 2.1 and x4 give diffusers' numbers, and load no slower than there.
 
     MINIBOOTH_FULL_SIZE=folder pytest -m full_size -s tests/test_full_size.py
 
-The folder holds two checkpoints in the diffusers layout, sd14-full and sd21-full. -s shows the figures.
+The folder holds checkpoints in the diffusers layout, sd14-full, sd21-full and x4-full. -s shows the figures.
 """
 
 import gc
@@ -16,13 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import minibooth
 from minibooth.checkpoint.load import Source
 
 pytestmark = pytest.mark.full_size
 
-SAMPLERS = {"sd14-full": "pndm", "sd21-full": "ddim"}  # of their own schedulers
+SAMPLERS = {"sd14-full": "pndm", "sd21-full": "ddim", "x4-full": "ddim"}  # of their own schedulers
 NETWORKS = {  # the library and class of each component
     "text_encoder": ("transformers", "CLIPTextModel"),
     "unet": ("diffusers", "UNet2DConditionModel"),
@@ -37,8 +38,8 @@ library, folder = sys.argv[1:]
 if library == "minibooth":
     from minibooth import load
 else:
-    from diffusers import StableDiffusionPipeline
-    load = StableDiffusionPipeline.from_pretrained
+    from diffusers import DiffusionPipeline
+    load = DiffusionPipeline.from_pretrained
 
 def memory(key):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -102,9 +103,11 @@ def error(left, right):
 
 
 def inputs(folder):
-    """Latents of 192 x 256 pixels, a timestep and a context for the UNet."""
-    width = json.loads((folder / "unet" / "config.json").read_text())["cross_attention_dim"]
-    return normals(1, 4, 24, 32), torch.tensor([601]), normals(1, 77, width, seed=1)
+    """A latent (and what is beside it), a timestep and a context (and a noise level) for the UNet."""
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    level = [torch.tensor([20])] if config.get("num_class_embeds") else []
+    x, context = normals(1, config["in_channels"], 24, 32), normals(1, 77, config["cross_attention_dim"], seed=1)
+    return x, torch.tensor([601]), context, *level
 
 
 @torch.no_grad()
@@ -157,13 +160,18 @@ def test_unet_gradients(folder, report):
 
 def test_generate(folder, report):
     diffusers = pytest.importorskip("diffusers")
-    prompts, negatives, latents = ["a photo of sks dog"], ["blurry"], normals(1, 4, 32, 32)
+    prompts, negatives = ["a photo of sks dog"], ["blurry"]
+    ours = theirs = dict(height=256, width=256)
+    if folder.name == "x4-full":
+        small = Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8)).resize((64, 64))
+        ours, theirs = dict(images=[small]), dict(image=[small])
     pipe = minibooth.load(folder)
-    drawn = pipe.generate(prompts, negatives, 256, 256, 3, sampler=SAMPLERS[folder.name], latents=latents)
+    options = dict(steps=3, guidance_scale=7.5, sampler=SAMPLERS[folder.name], seed=1)
+    drawn = pipe.generate(prompts, negative_prompts=negatives, **ours, **options)
     del pipe
-    reference = diffusers.StableDiffusionPipeline.from_pretrained(folder)
-    options = dict(height=256, width=256, num_inference_steps=3, guidance_scale=7.5)
-    expected = reference(prompts, negative_prompt=negatives, latents=latents.clone(), **options).images
+    reference = diffusers.DiffusionPipeline.from_pretrained(folder)
+    options = dict(num_inference_steps=3, guidance_scale=7.5, generator=torch.Generator().manual_seed(1))
+    expected = reference(prompts, negative_prompt=negatives, **theirs, **options).images
     levels = [np.asarray(picture, np.int16) for picture in (*drawn, *expected)]
     found = np.abs(levels[0] - levels[1]).max()
     report("generate at 256 px, levels of 255:", f"{found} (the picture's own deviation: {levels[1].std():.0f})")

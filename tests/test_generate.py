@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from minibooth import __main__, command, generate
+from minibooth import __main__, command, drawing, generate
 from minibooth.errors import UserError
 
 
@@ -120,7 +120,7 @@ def test_a_mistake_ends_with_one_line_and_status_2(sd1, tmp_path, capsys, argv, 
 
 
 def test_without_the_embedded_model_its_place_is_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(generate, "EMBEDDED", tmp_path / "weights" / "tiny")
+    monkeypatch.setattr(drawing, "WEIGHTS", tmp_path / "weights")
     status, printed = failure(["--prompt", "a"], capsys)
     assert status == 2 and str(tmp_path / "weights" / "tiny") in printed and "--model" in printed
 

@@ -10,6 +10,7 @@ import minibooth
 from minibooth.diffusion.noise import generator
 from minibooth.dreambooth.data import crop, open_picture
 from minibooth.dreambooth.latents import Latents
+from minibooth.dreambooth.stages import TextToImage
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,9 @@ def vae():
 def latents(tmp_path):
     """latents(**changes): those of five photographs."""
     pictures = sorted(photographs(tmp_path / "five", count=5).iterdir())
-    return lambda name="subject", seed=7, **changes: Latents(name, pictures, small(tmp_path, **changes), seed)
+    return lambda name="subject", seed=7, **changes: Latents(
+        name, pictures, TextToImage(small(tmp_path, **changes), None, pictures), seed
+    )
 
 
 def test_every_picture_comes_once_per_epoch_in_an_order_of_its_own(latents):

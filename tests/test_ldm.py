@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import single_files
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from single_files import assert_same_bits, change, file, folder, metadata, states
 
@@ -15,7 +16,12 @@ from minibooth.checkpoint.load import Source
 from minibooth.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
-KINDS = ["sd1", "sd2", "sdxl"]
+KINDS = ["sd1", "sd2", "sdxl", "x4"]
+PIPELINES = {
+    "sdxl": "StableDiffusionXLPipeline",
+    "x4": "StableDiffusionUpscalePipeline",
+}  # diffusers' name, where it is another
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8))  # for the upscaler
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -37,15 +43,23 @@ def ids(pipe, prompt="a dog"):
     return pipe.tokenizer([prompt])[0].tolist()
 
 
+def reference(kind):
+    return getattr(pytest.importorskip("diffusers"), PIPELINES.get(kind, "StableDiffusionPipeline"))
+
+
+def draw(pipe, kind):
+    """The picture of seed 1, 64 pixels wide."""
+    what = dict(images=PICTURE) if kind == "x4" else dict(height=64, width=64)
+    return np.asarray(pipe.generate("a dog", steps=2, seed=1, guidance_scale=7.5, **what)[0], np.int16)
+
+
 # ---- out: what other programs read
 
 
 @kinds
 def test_diffusers_reads_our_file_as_it_reads_the_folder(kind):
-    diffusers = pytest.importorskip("diffusers")
-    pipeline = diffusers.StableDiffusionXLPipeline if kind == "sdxl" else diffusers.StableDiffusionPipeline
-    theirs = pipeline.from_single_file(str(file(kind)), config=str(folder(kind)), local_files_only=True)
-    expected = pipeline.from_pretrained(folder(kind))
+    theirs = reference(kind).from_single_file(str(file(kind)), config=str(folder(kind)), local_files_only=True)
+    expected = reference(kind).from_pretrained(folder(kind))
     for part in Source.open(folder(kind)).weights:
         assert_same_bits(getattr(theirs, part).state_dict(), getattr(expected, part).state_dict())
 
@@ -62,6 +76,14 @@ PUBLISHED = {  # names and shapes of the published files, at the width of ours
         "cond_stage_model.model.transformer.resblocks.1.attn.in_proj_weight": [384, 128],
         "cond_stage_model.model.transformer.resblocks.1.attn.in_proj_bias": [384],
         "cond_stage_model.model.transformer.resblocks.0.mlp.c_fc.weight": [256, 128],
+    },
+    "x4": {
+        f"{UNET}label_emb.weight": [1000, 64], f"{UNET}input_blocks.0.0.weight": [16, 7, 3, 3],
+        f"{UNET}input_blocks.3.1.transformer_blocks.0.attn1.to_k.weight": [32, 128],
+        f"{UNET}input_blocks.7.1.transformer_blocks.0.attn1.to_k.weight": [64, 64],
+        f"{UNET}output_blocks.1.1.transformer_blocks.0.attn1.to_k.weight": [64, 64],
+        f"{UNET}output_blocks.3.1.transformer_blocks.0.attn1.to_k.weight": [32, 128],
+        f"{VAE}decoder.up.0.block.1.norm2.bias": [8], "cond_stage_model.model.ln_final.weight": [128],
     },
     "sdxl": {
         f"{UNET}label_emb.0.0.weight": [128, 68], f"{UNET}input_blocks.4.0.skip_connection.weight": None,
@@ -99,9 +121,7 @@ def test_a_velocity_xl_carries_comfyuis_mark(tmp_path):
 def test_a_file_is_the_pipeline_of_its_folder(kind):
     ours, expected = minibooth.load(file(kind)), minibooth.load(folder(kind))
     assert_same_bits(states(ours), states(expected))
-    options = dict(height=64, width=64, steps=2, seed=1)
-    drawn, wanted = (np.asarray(pipe.generate("a dog", **options)[0], np.int16) for pipe in (ours, expected))
-    assert np.abs(drawn - wanted).max() <= 1  # where tensors lie in memory decides about last bits
+    assert np.abs(draw(ours, kind) - draw(expected, kind)).max() <= 1  # where tensors lie in memory decides about last bits
     assert (ours.vae.scaling_factor, ours.sampler) == (expected.vae.scaling_factor, expected.sampler)
     assert torch.equal(ours.scheduler.alphas_cumprod, expected.scheduler.alphas_cumprod)
 
@@ -116,10 +136,10 @@ def test_tokenizers_pad_as_the_published_ones(kind):
 
 
 def test_the_size_to_draw_follows_from_the_kind():
-    sizes = {"sd1": 512, "sd2": 768, "sdxl": 1024}
-    for kind, side in sizes.items():
+    sizes = {"sd1": (512, 8), "sd2": (768, 8), "sdxl": (1024, 8), "x4": (512, 4)}
+    for kind, (side, factor) in sizes.items():
         unet, vae = (Source.open(file(kind)).json(f"{part}/config.json") for part in ("unet", "vae"))
-        assert 8 * unet["sample_size"] == vae["sample_size"] == side
+        assert factor * unet["sample_size"] == vae["sample_size"] == side
     assert Source.open(file("sd2"), prediction_type="epsilon").json("unet/config.json")["sample_size"] == 64
 
 
@@ -134,17 +154,14 @@ def test_files_of_any_precision_are_read(kind, stored, tmp_path):
 
 @kinds
 def test_a_file_becomes_a_folder_that_diffusers_opens(kind, tmp_path):
-    diffusers = pytest.importorskip("diffusers")
     pipe = minibooth.load(file(kind))
     pipe.save(tmp_path / "folder")
     assert_same_bits(single_files.weights(tmp_path / "folder"), single_files.weights(folder(kind)))
-    pipeline = diffusers.StableDiffusionXLPipeline if kind == "sdxl" else diffusers.StableDiffusionPipeline
-    theirs = pipeline.from_pretrained(tmp_path / "folder")
-    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    options = dict(height=64, width=64, output_type="np", num_inference_steps=2, latents=latents.clone())
-    expected = theirs("a dog", guidance_scale=7.5, **options).images[0] * 255
-    drawn = pipe.generate("a dog", height=64, width=64, steps=2, latents=latents)
-    assert np.abs(np.asarray(drawn[0], np.float32) - expected).max() <= 2.5
+    theirs = reference(kind).from_pretrained(tmp_path / "folder")
+    what = dict(image=PICTURE) if kind == "x4" else dict(height=64, width=64)
+    options = dict(output_type="np", num_inference_steps=2, guidance_scale=7.5, generator=torch.Generator().manual_seed(1))
+    expected = theirs("a dog", **options, **what).images[0] * 255
+    assert np.abs(draw(pipe, kind) - expected).max() <= 2.5
 
 
 # ---- what files hold besides
@@ -162,7 +179,7 @@ def with_everything(kind):
         for name, tensor in tensors.items():
             if name.startswith(UNET):
                 added["model_ema." + name.removeprefix("model.").replace(".", "")] = tensor + 1
-        if kind == "sd2":
+        if kind in ("sd2", "x4"):
             text = "cond_stage_model.model."
             added |= {f"{text}logit_scale": torch.tensor(4.6), f"{text}text_projection": torch.rand(128, 128)}
         else:
@@ -180,7 +197,7 @@ def test_everything_comes_back_bit_for_bit(kind, stored, tmp_path):
         whole = with_everything(kind)(tensors)
         return {name: x.to(stored) if x.dtype == torch.float32 else x for name, x in whole.items()}
 
-    said = {"format": "pt", "modelspec.prediction_type": "v" if kind == "sd2" else "epsilon", "modelspec.author": "me"}
+    said = {"format": "pt", "modelspec.prediction_type": "v" if kind in ("sd2", "x4") else "epsilon", "modelspec.author": "me"}
     path = change(file(kind), tmp_path / "x.safetensors", edit, said)
     pipe = minibooth.load(path, tokenizer=folder(kind))
     pipe.save(tmp_path / "again.safetensors")
@@ -301,6 +318,8 @@ def test_a_silent_sd_2_is_measured(answer, tmp_path, capsys):
         ("sd2", {}, {"modelspec.prediction_type": "epsilon"}, "epsilon"),
         ("sd2", {}, {"modelspec.predict_key": "v"}, "v_prediction"),
         ("sdxl", {}, None, "epsilon"),
+        ("x4", {}, None, "v_prediction"),
+        ("x4", {"prediction_type": "epsilon"}, None, "epsilon"),
     ],
 )
 def test_who_says_it_is_believed(kind, options, metadata, expected, tmp_path, capsys):
@@ -376,13 +395,13 @@ def reshaped(tensors):
 REFUSED = {
     "inpainting": ("sd1", channels(9), "an inpainting model"),
     "pix2pix": ("sd1", channels(8), "an InstructPix2Pix"),
-    "upscaler": ("sd1", channels(7), "an x4-upscaler"),
+    "half an upscaler": ("sd1", channels(7), "not a text-to-image model: its UNet takes 7 channels"),
     "refiner": ("sdxl", refiner, "the refiner of Stable Diffusion XL"),
     "no vae": ("sd1", without(VAE), r"lacks its vae \(first_stage_model"),
     "no text encoder": ("sd2", without("cond_stage_model"), r"lacks its text_encoder \(cond_stage_model"),
     "unet alone": ("sdxl", without(VAE, "conditioner"), "lacks its vae .* and text_encoder .* and text_encoder_2"),
     "one tensor": ("sd1", without(f"{UNET}middle_block.0.emb_layers.1.bias"), "lacks mid_block.resnets.0.time_emb_proj.bias"),
-    "no levels": ("sd1", without(f"{VAE}encoder.down.1.block.0.conv1"), "lacks encoder.down.1.block.0.conv1.weight"),
+    "no level": ("sd1", without(f"{VAE}encoder.down.1.block.0.conv1"), "lacks encoder.down.1.block.0.conv1.weight"),
     "a tensor more": ("sd1", lambda x: x | {f"{UNET}input_hint.0.weight": torch.zeros(1)}, "unexpected .*input_hint"),
     "another shape": ("sd1", reshaped, r"to_k.weight is \[16, 5\]"),
     "kohya's lora": ("sd1", lambda x: {"lora_unet_mid.lora_down.weight": torch.zeros(1)}, "a LoRA"),

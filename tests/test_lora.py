@@ -14,7 +14,7 @@ import minibooth
 from minibooth import command, convert, generate
 from minibooth.checkpoint import lora as files
 from minibooth.checkpoint.load import Source
-from minibooth.dreambooth import trainer as module
+from minibooth.dreambooth import stages
 from minibooth.errors import UserError
 from minibooth.models import lora
 from minibooth.models.clip import CLIPText
@@ -30,7 +30,7 @@ def base(request) -> Path:
 
 @pytest.fixture(autouse=True)
 def few_drawing_steps(monkeypatch):
-    monkeypatch.setitem(module.VALIDATION, "steps", 2)
+    monkeypatch.setitem(stages.VALIDATION, "steps", 2)
 
 
 def adapters(network, targets="all", ranks=(1, 2, 4), alphas=(3.0, 4.0), seed=0, weight=1.0) -> dict[str, lora.Adapter]:

@@ -10,7 +10,7 @@ from small_run import metrics, only, same_bits, small, train, trainer, weights, 
 
 import minibooth
 from minibooth import generate
-from minibooth.dreambooth import trainer as module
+from minibooth.dreambooth import stages
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", "ignore::FutureWarning:diffusers")
 PROMPTS, NEGATIVES = ["a photo of sks dog", "a cat! " * 40], ["", "dog"]
@@ -175,7 +175,7 @@ def test_a_saved_xl_is_the_one_that_was_read(ours, sdxl, tmp_path):
 
 @pytest.fixture
 def few_drawing_steps(monkeypatch):
-    monkeypatch.setitem(module.VALIDATION, "steps", 2)
+    monkeypatch.setitem(stages.VALIDATION, "steps", 2)
 
 
 def everything(folder):

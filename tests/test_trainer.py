@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from small_run import flags, metrics, only, same_bits, small, tiny, train, trainer, weights, with_class
 
 import minibooth
+from minibooth.dreambooth import optimizer, stages
 from minibooth.dreambooth import trainer as module
 from minibooth.dreambooth.settings import Settings
 from minibooth.errors import UserError
@@ -28,7 +29,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(autouse=True)
 def few_drawing_steps(monkeypatch):
-    monkeypatch.setitem(module.VALIDATION, "steps", 2)
+    monkeypatch.setitem(stages.VALIDATION, "steps", 2)
 
 
 # ---- stopped and resumed
@@ -40,6 +41,13 @@ RUNS = {
     "accumulation": {"train_batch_size": 1, "gradient_accumulation_steps": 3},
     "flips, offset and min-SNR": {"random_flip": True, "offset_noise": True, "snr_gamma": 5.0},
     "crops on the fly": {"crops_per_image": 0, "random_flip": True},
+    "8 bits": {"use_8bit_adam": True},
+    "8-bit LoRA": {"use_8bit_adam": True, "rank": 8, "full_bf16": True, "mixed_precision": "bf16"},
+    "bf16": {"full_bf16": True, "mixed_precision": "bf16", "train_text_encoder": True},
+    "least memory": {
+        "use_8bit_adam": True, "full_bf16": True, "mixed_precision": "bf16", "fused_backward_pass": True, "max_grad_norm": 0.0,
+        "gradient_checkpointing": True, "validation_prompt": "a sks dog", "validation_steps": 2, "num_validation_images": 1,
+    },
     "decaying rate": {"lr_scheduler": "cosine_with_restarts", "lr_warmup_steps": 1, "lr_num_cycles": 2},
     "all": {
         "train_text_encoder": True, "train_batch_size": 1, "gradient_accumulation_steps": 2, "random_flip": True,
@@ -47,6 +55,12 @@ RUNS = {
         "validation_steps": 2, "num_validation_images": 1, "lr_scheduler": "polynomial", "lr_warmup_steps": 2,
     },
 }  # fmt: skip
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All that are somewhere in a folder."""
+    found = {path.relative_to(folder): load_file(path) for path in folder.rglob("*.safetensors")}
+    return {f"{path}/{name}": tensor for path, each in found.items() for name, tensor in each.items()}
 
 
 def stopped_after(output: Path, step: int, name: str) -> Path:
@@ -57,7 +71,7 @@ def stopped_after(output: Path, step: int, name: str) -> Path:
         number = path.name.removeprefix("checkpoint-")
         if path.is_dir() and not (number.isdigit() and int(number) <= step):
             shutil.rmtree(path)
-    (copy / "model_index.json").unlink()
+    (copy / "model_index.json").unlink(missing_ok=True)  # a LoRA has none
     lines = (copy / "metrics.jsonl").read_text().splitlines()
     (copy / "metrics.jsonl").write_text("\n".join(lines[: step + 1]) + "\n" + lines[step + 1][:10])
     return copy
@@ -73,7 +87,9 @@ def test_a_resumed_run_ends_in_the_bits_of_one_never_stopped(name, tmp_path):
     changes |= {"output_dir": str(stopped), "resume_from_checkpoint": "latest", "seed": None}
     assert same_bits(weights(train(small(tmp_path, **changes))), weights(whole))
     assert metrics(stopped) == metrics(whole)
-    assert same_bits(weights(stopped / "checkpoint-4"), weights(whole / "checkpoint-4"))
+    assert same_bits(tensors(stopped / "checkpoint-4"), tensors(whole / "checkpoint-4"))
+    dtypes = {x.dtype for x in weights(whole / "checkpoint-4").values()}
+    assert dtypes <= {torch.bfloat16 if "full_bf16" in changes else torch.float32}
 
 
 def test_a_checkpoint_can_be_named(tmp_path):
@@ -100,6 +116,15 @@ def test_a_finished_run_resumes_to_itself(tmp_path):
     settings.resume_from_checkpoint = "latest"
     assert same_bits(weights(train(settings)), whole)
     assert len(metrics(Path(settings.output_dir))) == 5
+
+
+@pytest.mark.parametrize("name", ["use_8bit_adam", "full_bf16"])
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_run_goes_on_in_the_kind_of_numbers_it_began_in(name, begun, tmp_path):
+    changes = {"mixed_precision": "bf16", "checkpointing_steps": 1, "max_train_steps": 1}
+    train(small(tmp_path, **changes | {name: begun}))
+    with pytest.raises(UserError, match=f"checkpoint-1 was trained with{'' if begun else 'out'} --{name}"):
+        trainer(small(tmp_path, resume_from_checkpoint="latest", **changes | {name: not begun}))
 
 
 # ---- stopped from outside, as a process
@@ -279,6 +304,15 @@ def test_gradient_checkpointing_changes_memory_alone(tmp_path):
     assert max((expected[name] - found[name]).abs().max() for name in expected) < 1e-6
 
 
+def test_an_update_in_the_backward_pass_changes_memory_alone(tmp_path):
+    changes = {"train_text_encoder": True, "max_grad_norm": 0.0, "max_train_steps": 3}
+    usual = train(small(tmp_path, output_dir=str(tmp_path / "usual"), **changes))
+    run = trainer(small(tmp_path, fused_backward_pass=True, **changes))
+    run.train()
+    assert same_bits(weights(tmp_path / "output"), weights(usual))
+    assert all(p.grad is None for network in run.trained.values() for p in network.parameters())
+
+
 # ---- what trains, and in which precision
 
 
@@ -378,6 +412,21 @@ def test_the_loss_on_a_fixed_set_goes_down(tmp_path):
 
     before = loss(tiny())
     assert loss(train(settings)) < 0.8 * before
+
+
+def test_saving_memory_costs_no_loss(tmp_path, monkeypatch):
+    """For each of three seeds; the tiny network's parameters are quantised all the same."""
+    monkeypatch.setattr(optimizer, "SMALLEST", optimizer.BLOCK)
+    eight = {"use_8bit_adam": True}
+    changes = {"fp32": {}, "8 bits": eight, "all": eight | {"full_bf16": True, "mixed_precision": "bf16"}}
+    usual = {"max_train_steps": 16, "learning_rate": 2e-3, "crops_per_image": 1, "train_batch_size": 1}
+    for seed in range(3):
+        found = {}
+        for name in changes:
+            output = train(small(tmp_path, seed=seed, output_dir=str(tmp_path / f"{name}-{seed}"), **usual | changes[name]))
+            losses = [line["loss"] for line in metrics(output)]
+            found[name] = sum(losses[8:]) / 8
+        assert [found["8 bits"], found["all"]] == pytest.approx([found["fp32"]] * 2, rel=0.01)
 
 
 def test_metrics_tell_the_parts_of_the_loss(tmp_path):
@@ -481,3 +530,22 @@ def test_the_summary_tells_what_will_run(tmp_path):
         "report_to",
     ):
         assert part in text
+
+
+BYTES = {
+    "usual": (16, {}),
+    "8 bits": (10, {"use_8bit_adam": True}),
+    "bf16": (12, {"full_bf16": True, "mixed_precision": "bf16"}),
+    "in the backward pass": (12, {"fused_backward_pass": True, "max_grad_norm": 0.0}),
+    "all": (4, RUNS["least memory"]),
+}
+
+
+@pytest.mark.parametrize("name", BYTES)
+def test_the_summary_tells_the_memory(name, tmp_path, monkeypatch):
+    """Of a UNet of 2^30 parameters."""
+    each, changes = BYTES[name]
+    run = trainer(small(tmp_path, **changes))
+    run.trained = {"unet": run.pipe.unet}
+    monkeypatch.setattr(type(run.pipe), "networks", {"unet": torch.nn.Linear(2**15, 2**15, bias=False, device="meta")})
+    assert dict(run.summary())["memory"].startswith(f"{each}.0 GiB of weights, gradients and moments")

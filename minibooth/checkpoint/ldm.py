@@ -32,10 +32,13 @@ class Family(NamedTuple):
     scaling_factor: float
     scheduler: dict[str, Any]
     model_index: dict[str, Any]
+    unet: dict[str, Any] = {}
+    low_res_scheduler: dict[str, Any] = {}
 
 
 COMMON = {"unet": UNET, "vae": "first_stage_model."}
 BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000, steps_offset=1)
+X4_BETAS = dict(beta_start=0.0001, beta_end=0.02, beta_schedule="scaled_linear", num_train_timesteps=1000)
 FAMILIES = {
     "StableDiffusionPipeline": Family(
         COMMON | {"text_encoder": "cond_stage_model."}, 64, 0.18215,
@@ -47,6 +50,13 @@ FAMILIES = {
         dict(_class_name="EulerDiscreteScheduler", interpolation_type="linear", timestep_spacing="leading", **BETAS),
         dict(force_zeros_for_empty_prompt=True),
     ),
+    "StableDiffusionUpscalePipeline": Family(
+        COMMON | {"text_encoder": "cond_stage_model."}, 128, 0.08333,
+        dict(_class_name="DDIMScheduler", clip_sample=False, set_alpha_to_one=False, steps_offset=1, **X4_BETAS),
+        dict(max_noise_level=350),
+        dict(attention_head_dim=8, only_cross_attention=[True, True, True, False], upcast_attention=False),
+        dict(_class_name="DDPMScheduler", **X4_BETAS),
+    ),
 }  # fmt: skip
 TOKENIZER = dict(
     add_prefix_space=False, bos_token="<|startoftext|>", do_lower_case=True, eos_token="<|endoftext|>", errors="replace",
@@ -55,8 +65,8 @@ TOKENIZER = dict(
 PADDING = {"quick_gelu": "<|endoftext|>", "gelu": "!"}  # by the text encoder's activation
 Shapes = Mapping[str, tuple[int, ...]]
 MARKS = {"v_pred": ("prediction_type", "v_prediction"), "ztsnr": ("rescale_betas_zero_snr", True)}  # empty tensors
-SUPPORTED = "single files of Stable Diffusion 1, 2 and XL (base)"
-OTHERS = {9: "an inpainting model", 8: "an InstructPix2Pix model", 7: "an x4-upscaler"}  # by the UNet's input channels
+SUPPORTED = "single files of Stable Diffusion 1, 2, XL (base) and x4"
+OTHERS = {9: "an inpainting model", 8: "an InstructPix2Pix model"}  # by the UNet's input channels
 LORA = re.compile(r"^lora_(unet|te\d?)_|\.lora_?([AB]|down|up)\b|\.lora\.(down|up)\.")
 SD2_LAYERS = 23  # of its text encoder's 24 that anything is made of, and that the published folders hold
 HEAD = 64  # width of an attention head, where the number of heads is not 8
@@ -112,7 +122,7 @@ def unet_rows(config: UNetConfig) -> Rows:
     """Their blocks are counted through: a resnet with its attention, or a downsampling, each."""
     depth, last = config.layers_per_block, len(config.block_out_channels) - 1
     yield from {"conv_in": Place("input_blocks.0.0"), "conv_norm_out": Place("out.0"), "conv_out": Place("out.2")}.items()
-    yield "mid_block.attentions.0", Place("middle_block.1")
+    yield from {"mid_block.attentions.0": Place("middle_block.1"), "class_embedding": Place("label_emb")}.items()
     for i in (0, 1):
         yield f"time_embedding.linear_{i + 1}", Place(f"time_embed.{2 * i}")
         yield f"add_embedding.linear_{i + 1}", Place(f"label_emb.0.{2 * i}")
@@ -238,7 +248,8 @@ def recognise(path: Path, file: Mapping[str, Tensor]) -> str:
     elif has("conditioner.embedders.0.model.") and not has("conditioner.embedders.1."):
         found = "the refiner of Stable Diffusion XL"
     else:
-        pipeline = f"StableDiffusion{'XL' if has(f'{UNET}label_emb.') else ''}Pipeline"
+        told = "Upscale" if has(f"{UNET}label_emb.weight") else "XL" if has(f"{UNET}label_emb.") else ""
+        pipeline = f"StableDiffusion{told}Pipeline"
         lacking = [f"{component} ({prefix}...)" for component, prefix in FAMILIES[pipeline].prefixes.items() if not has(prefix)]
         if not lacking:
             return pipeline
@@ -249,7 +260,7 @@ def recognise(path: Path, file: Mapping[str, Tensor]) -> str:
 def predicts(file: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str | None:
     """Its prediction type as far as anything says so: ComfyUI's key, kohya's metadata; None for a silent SD 2."""
     said = metadata.get("modelspec.prediction_type") or metadata.get("modelspec.predict_key") or ""
-    if "v_pred" in file or said.startswith("v"):
+    if "v_pred" in file or said.startswith("v") or (said != "epsilon" and f"{UNET}label_emb.weight" in file):  # x4
         return "v_prediction"
     sd2 = any(name.startswith("cond_stage_model.model.") for name in file)
     return None if sd2 and said != "epsilon" else "epsilon"
@@ -285,15 +296,22 @@ def describe(path: Path, file: Mapping[str, Tensor], prediction_type: str) -> di
         unet["addition_time_embed_dim"] = (unet["projection_class_embeddings_input_dim"] - pooled) // 6
     else:
         unet["upcast_attention"] = unet["use_linear_projection"]  # SD 2
+    unet |= family.unet
     large = unet.get("upcast_attention") and prediction_type == "v_prediction"  # SD 2 as trained on
     unet["sample_size"] = 96 if large else family.sample_size
-    vae |= dict(scaling_factor=family.scaling_factor, sample_size=8 * unet["sample_size"])
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    vae |= dict(scaling_factor=family.scaling_factor, sample_size=factor * unet["sample_size"])
 
-    scheduler = family.scheduler | {"prediction_type": prediction_type}
+    schedulers = {"scheduler": family.scheduler | {"prediction_type": prediction_type}}
     if "ztsnr" in file:
-        scheduler |= dict(rescale_betas_zero_snr=True, timestep_spacing="trailing")
-    index = {"_class_name": pipeline, **family.model_index, "scheduler": ["diffusers", scheduler["_class_name"]]}
-    written: dict[str, Mapping[str, Any]] = {"scheduler/scheduler_config.json": scheduler, "model_index.json": index}
+        schedulers["scheduler"] |= dict(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    if family.low_res_scheduler:
+        schedulers["low_res_scheduler"] = family.low_res_scheduler
+    index = {"_class_name": pipeline, **family.model_index}
+    written: dict[str, Mapping[str, Any]] = {"model_index.json": index}
+    for name, config in schedulers.items():
+        written[f"{name}/scheduler_config.json"] = config
+        index[name] = ["diffusers", config["_class_name"]]
     for name, config in (configs | {"unet": unet, "vae": vae}).items():
         written[f"{name}/config.json"] = config
         index[name] = ["diffusers", config["_class_name"]] if name not in texts else ["transformers", *config["architectures"]]
@@ -322,6 +340,8 @@ def unet_config(shapes: Shapes) -> dict[str, Any]:
         transformer_layers_per_block=[max(n, 1) for n in depths[:-1]] + [count(shapes, "middle_block.1.transformer_blocks.")],
         cross_attention_dim=shapes["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1],
     )  # fmt: skip
+    if levels := shapes.get("label_emb.weight"):
+        config |= dict(num_class_embeds=levels[0])
     if told := shapes.get("label_emb.0.0.weight"):
         config |= dict(addition_embed_type="text_time", projection_class_embeddings_input_dim=told[1])
     return config

@@ -50,6 +50,7 @@ COMPONENTS = {
 KINDS = {  # what model_index.json may say, and what to read then
     "StableDiffusionPipeline": ("text_encoder", "unet", "vae"),
     "StableDiffusionXLPipeline": ("text_encoder", "text_encoder_2", "unet", "vae"),
+    "StableDiffusionUpscalePipeline": ("text_encoder", "unet", "vae"),
 }
 SMALL_FILES = ("model_index.json", "*/*.json", "tokenizer*/*.txt")  # read into memory, written back as they were
 VOCABULARY = ("vocab.json", "merges.txt", "tokenizer.json")
@@ -199,6 +200,8 @@ class Source:
     def skeleton(self, name: str) -> Any:
         """The component's network on meta. Raises UserError for a configuration that is not supported."""
         component, config = COMPONENTS[name], self.json(f"{name}/config.json")
+        if name == "vae":  # files of the first months leave it out
+            config = {"scaling_factor": ldm.FAMILIES[self.kind].scaling_factor, **config}
         try:
             with torch.device("meta"), Uninitialised():
                 return component.network(component.config.from_dict(config))

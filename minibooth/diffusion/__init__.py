@@ -1,13 +1,21 @@
 """How pictures appear: the noise schedule, the samplers, and the pipelines that draw with them."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from minibooth.checkpoint.load import Source
+from minibooth.diffusion.pipeline import Pipeline
+from minibooth.diffusion.super_resolution import StableDiffusionUpscale
 from minibooth.diffusion.text_to_image import StableDiffusion, StableDiffusionXL
+from minibooth.errors import UserError
 
-PIPELINES = {"StableDiffusionPipeline": StableDiffusion, "StableDiffusionXLPipeline": StableDiffusionXL}
+PIPELINES: dict[str, type[Pipeline]] = {
+    "StableDiffusionPipeline": StableDiffusion,
+    "StableDiffusionXLPipeline": StableDiffusionXL,
+    "StableDiffusionUpscalePipeline": StableDiffusionUpscale,
+}
 
 
 def load(
@@ -19,8 +27,11 @@ def load(
     revision: str | None = None,
     tokenizer: str | Path | None = None,
     ema: bool = False,
-) -> StableDiffusion:
+    wanted: type[Pipeline] = Pipeline,
+) -> Any:
     """A ready pipeline from a folder in the diffusers layout, an LDM single file, "owner/name" on the hub, or an open Source.
+
+    StableDiffusion(XL) or StableDiffusionUpscale, as the checkpoint says; any other than `wanted` is refused.
 
     variant: the infix of the files to read, such as fp16. prediction_type: overrules the checkpoint's "epsilon" or
     "v_prediction". revision: the hub's branch, tag or commit. tokenizer: a folder with CLIP's vocabulary, which a single file
@@ -28,4 +39,8 @@ def load(
     """
     how = variant, revision, tokenizer, ema, prediction_type
     opened = source if isinstance(source, Source) else Source.open(source, *how)
-    return PIPELINES[opened.kind](opened, dtype, device, prediction_type)
+    found = PIPELINES[opened.kind]
+    if not issubclass(found, wanted):
+        use = f"name another, or give this one to python -m minibooth.{found.command}"
+        raise UserError(f"{opened.name} is {found.kind}, where {wanted.kind} is needed: {use}")
+    return found(opened, dtype, device, prediction_type)

@@ -21,7 +21,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 def to_image(pixels: Tensor) -> Image.Image:
     """[3, H, W] in [-1, 1], of any float type and device, as an RGB picture; values beyond the range are clamped."""
-    levels = ((pixels.detach().float() + 1) * 127.5).round().clamp(0, 255)
+    levels = (pixels.detach().float() + 1).mul_(127.5).round_().clamp_(0, 255)
     return Image.fromarray(levels.byte().permute(1, 2, 0).cpu().numpy())
 
 

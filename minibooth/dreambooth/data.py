@@ -91,15 +91,16 @@ def crop(
     flip: bool,
     generator: torch.Generator,
     interpolation: str = "lanczos",
+    resize: bool = True,
 ) -> Crop:
     """Resize an RGB picture's short side to `resolution`, then cut a square out, at the centre or anywhere.
 
-    With `flip` every other square is mirrored. The generator (on the CPU) moves on by the same three draws whatever the
-    options.
+    Without `resize` the square is cut from the picture as it is, which must be large enough. With `flip` every other square
+    is mirrored. The generator (on the CPU) moves on by the same three draws whatever the options.
     """
     width, height = picture.size
     short = min(width, height)
-    size = wide, high = width * resolution // short, height * resolution // short
+    size = wide, high = (width * resolution // short, height * resolution // short) if resize else picture.size
     down, right, coin = torch.rand(3, generator=generator).tolist()
     if center:
         top, left = round((high - resolution) / 2), round((wide - resolution) / 2)

@@ -3,7 +3,7 @@
 run.json          all settings, versions, and the command that repeats the run
 metrics.jsonl     a line per step: step, loss, subject, prior, lr, seconds
 samples/          step-N.png, grids of the validation prompt from the same noise
-checkpoint-N/     trained networks in fp32 (the layout of the final model) or a LoRA, optimizer.safetensors, state.json
+checkpoint-N/     trained networks as they train (the layout of the final model) or a LoRA, optimizer.safetensors, state.json
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,9 +39,7 @@ class Journal:
         """Write run.json; drop the metrics of steps that will be done again, and checkpoints that a killed run left half."""
         settings = dataclasses.asdict(self.settings) | {"hub_token": None, "resume_from_checkpoint": None}
         given = {name: value for name, value in settings.items() if value != Settings.__dataclass_fields__[name].default}
-        words = [
-            word for name, value in given.items() for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
-        ]
+        words = [word for name, value in given.items() for word in (f"--{name}", *words_of(value))]
         run = {
             "command": shlex.join(["python", "-m", "minibooth.train", *words]),
             "settings": settings,
@@ -83,6 +82,11 @@ class Journal:
         limit = self.settings.checkpoints_total_limit
         for _, path in self.checkpoints()[: -limit if limit else 0]:
             shutil.rmtree(path)
+
+
+def words_of(value: Any) -> list[str]:
+    """A flag's value on the command line."""
+    return [] if value is True else [str(each) for each in (value if isinstance(value, tuple) else (value,))]
 
 
 def _step_of(line: str) -> int:

@@ -2,7 +2,7 @@
 
 The VAE's posterior is kept, not a sample of it, so that each step still sees fresh posterior noise.
 
-Shapes: Z latent channels, h x w latent size, H x W = resolution x resolution.
+Shapes: Z latent channels, h x w latent size.
 """
 
 import hashlib
@@ -14,25 +14,26 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minibooth.diffusion.noise import generator
-from minibooth.dreambooth.data import crop, open_picture
-from minibooth.dreambooth.settings import Settings
+from minibooth.dreambooth.stages import TextToImage
 from minibooth.models.vae import VAE, Posterior
 
 
 class Latents:
-    """A set of pictures as an endless, shuffled sequence: latents[n] is the run's n-th sample, a posterior and its sizes.
+    """A set of pictures as an endless, shuffled sequence: latents[n] is the run's n-th sample, a posterior and what else is
+    known of the crop (`stages`).
 
     Which picture and which of its crops that is depends on the seed and n alone. Posteriors [1, Z, h, w] are in fp32 and in
     the diffusion model's units (the VAE's times its scaling factor).
     """
 
-    def __init__(self, name: str, pictures: Sequence[Path], settings: Settings, seed: int):
-        self.name, self.pictures, self.settings, self.seed = name, pictures, settings, seed
+    def __init__(self, name: str, pictures: Sequence[Path], stage: TextToImage, seed: int):
+        self.name, self.pictures, self.stage, self.seed = name, pictures, stage, seed
+        self.crops = stage.settings.crops_per_image
         self.encoded: dict[tuple[int, int], tuple[Posterior, Tensor]] = {}
 
     def which(self, n: int) -> tuple[int, int]:
         """Sample n -> (picture, crop): every picture once before any comes again."""
-        seed, crops = self.seed, self.settings.crops_per_image
+        seed, crops = self.seed, self.crops
         epoch, place = divmod(n, len(self.pictures))
         order = torch.randperm(len(self.pictures), generator=generator(seed, self.name, "order", epoch))
         number = torch.randint(crops, (), generator=generator(seed, self.name, "crop", n)) if crops else n
@@ -40,28 +41,25 @@ class Latents:
 
     def prepare(self, vae: VAE, samples: Iterable[int]) -> None:
         """Encode the crops that these samples will want, after which the VAE may go; or keep it, to encode on the fly."""
-        self.vae = None if self.settings.crops_per_image else vae
+        self.vae = None if self.crops else vae
         wanted = set() if self.vae else {self.which(n) for n in samples}
-        known: dict[bytes, Posterior] = {}  # a square picture has but one crop, or two with its mirror image
+        posteriors: dict[bytes, Posterior] = {}  # a square picture has but one crop, or two with its mirror image
         for which in tqdm(sorted(wanted), desc=f"encoding the {self.name}", leave=False, disable=None):
-            pixels, sizes = self.cut(*which)
+            pixels, known = self.cut(*which)
             content = hashlib.sha256(pixels.numpy().tobytes()).digest()
-            known[content] = known.get(content) or self.encode(vae, pixels)
-            self.encoded[which] = known[content], sizes
+            posteriors[content] = posteriors.get(content) or self.encode(vae, pixels)
+            self.encoded[which] = posteriors[content], known
 
     def __getitem__(self, n: int) -> tuple[Posterior, Tensor]:
         which = self.which(n)
         if self.vae is None:
             return self.encoded[which]
-        pixels, sizes = self.cut(*which)
-        return self.encode(self.vae, pixels), sizes
+        pixels, known = self.cut(*which)
+        return self.encode(self.vae, pixels), known
 
     def cut(self, picture: int, number: int) -> tuple[Tensor, Tensor]:
-        """One crop of one picture, [3, H, W] in [-1, 1], and the sizes [1, 6] that XL is told of it."""
-        s, place = self.settings, generator(self.seed, self.name, "place", picture, number)
-        image = open_picture(self.pictures[picture])
-        square = crop(image, s.resolution, s.center_crop, s.random_flip, place, s.image_interpolation_mode)
-        return square.pixels, torch.tensor([[*square.original_size, *square.top_left, s.resolution, s.resolution]])
+        """One crop of one picture."""
+        return self.stage.cut(self.pictures[picture], generator(self.seed, self.name, "place", picture, number))
 
     @torch.no_grad()
     def encode(self, vae: VAE, pixels: Tensor) -> Posterior:

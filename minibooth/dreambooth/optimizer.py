@@ -1,31 +1,160 @@
-"""AdamW (Loshchilov & Hutter 2019), the course of its learning rate, and what of it a checkpoint must hold."""
+"""AdamW (Loshchilov & Hutter 2019) in as little memory as is asked for, and what of it a checkpoint must hold.
 
-import math
-from collections.abc import Callable, Mapping
+bytes per parameter      weight  gradient  moments
+                         4       4         8
+--use_8bit_adam                            2 + 1/32   a byte each, a scale per block: Dettmers et al. 2022, arXiv 2110.02861
+--full_bf16              2       2                    rounded stochastically, so without masters in fp32
+--fused_backward_pass            0                    used up as soon as the backward pass has made it: LOMO, arXiv 2306.09782
+
+Shapes: n elements of a slice of a parameter, b = n / 256 blocks.
+"""
+
+import collections
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-POLYNOMIAL_END = 1e-7  # the learning rate that "polynomial" ends at, as in diffusers
+from minibooth.diffusion.noise import generator
 
-# The factor on the learning rate at `progress` (0 to 1) from the end of warm-up to the end of training.
-Course = Callable[[float, int, float, float], float]
-SCHEDULES: dict[str, Course] = {
-    "constant": lambda progress, cycles, power, end: 1.0,
-    "constant_with_warmup": lambda progress, cycles, power, end: 1.0,
-    "linear": lambda progress, cycles, power, end: 1 - progress,
-    "cosine": lambda progress, cycles, power, end: (1 + math.cos(math.pi * progress)) / 2,
-    "cosine_with_restarts": lambda progress, cycles, power, end: (1 + math.cos(math.pi * (cycles * progress % 1))) / 2,
-    "polynomial": lambda progress, cycles, power, end: (1 - end) * (1 - progress) ** power + end,
-}
+SIGNED = {"exp_avg": True, "exp_avg_sq": False}  # the two moments
+BLOCK, SMALLEST = 256, 4096  # elements that share a scale; elements of the smallest parameter with moments in 8 bits
+SLICE = collections.defaultdict(lambda: 1 << 22, cpu=1 << 18)  # elements updated at a time: worth a launch; within a cache
 
 
-def learning_rate(name: str, peak: float, step: int, steps: int, warmup: int, cycles: int = 1, power: float = 1.0) -> float:
-    """The rate of step 0 .. steps - 1: a linear warm-up from 0 (but for "constant"), then the named course."""
-    if step < warmup and name != "constant":
-        return peak * step / warmup
-    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return peak * SCHEDULES[name](progress, cycles, power, POLYNOMIAL_END / peak if peak else 0.0)
+class AdamW(torch.optim.Optimizer):
+    """torch.optim.AdamW: its numbers, where weights and moments are in fp32.
+
+    With `eight_bit`, parameters of SMALLEST elements or more, if they are whole blocks, keep their moments in 8 bits. Those in
+    bf16 are updated in fp32 and rounded up or down at random, by `seed`, step and place alone: right in the mean.
+    """
+
+    def __init__(
+        self, groups: Any, betas: tuple[float, float], epsilon: float, decay: float, eight_bit: bool = False, seed: int = 0
+    ):
+        super().__init__(groups, dict(lr=0.0, betas=betas, eps=epsilon, weight_decay=decay))
+        self.eight_bit, self.seed = eight_bit, seed
+        self.kernel: Callable[..., None] = update  # may be compiled
+        self.numbers = {p: n for n, p in enumerate(p for group in self.param_groups for p in group["params"])}
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            self.advance([p for p in group["params"] if p.grad is not None], group)
+
+    def step_in_backward(self) -> None:
+        """From now on update a parameter, and drop its gradient, as soon as that is whole."""
+
+        @torch.no_grad()
+        def now(p: Tensor, group: dict[str, Any]) -> None:
+            self.advance([p], group)
+            p.grad = None
+
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.register_post_accumulate_grad_hook(functools.partial(now, group=group))
+
+    def fresh(self, p: Tensor) -> dict[str, Tensor]:
+        """A parameter's state before its first step."""
+        eight = self.eight_bit and p.numel() >= SMALLEST and p.numel() % BLOCK == 0
+        dtype = torch.uint8 if eight else torch.float32
+        state = {name: torch.zeros_like(p, dtype=dtype) for name in SIGNED}
+        scales = {f"{name}_scale": torch.zeros(p.numel() // BLOCK, device=p.device) for name in SIGNED if eight}
+        return state | scales | {"step": torch.zeros((), device=p.device if p.dtype == dtype else "cpu")}
+
+    def advance(self, parameters: Sequence[Any], group: dict[str, Any]) -> None:
+        """One step of some of a group's parameters: by torch's own kernel, the fastest there, of those all in fp32."""
+        (beta1, beta2), rate, decay, epsilon = group["betas"], group["lr"], group["weight_decay"], group["eps"]
+        kinds: dict[bool, list[Any]] = {True: [], False: []}
+        for p in parameters:
+            state = self.state[p] = self.state[p] or self.fresh(p)
+            state["step"] += 1
+            kinds[state["exp_avg"].dtype == p.dtype].append(p)
+        if plain := kinds[True]:
+            first, second, steps = ([self.state[p][name] for p in plain] for name in (*SIGNED, "step"))
+            how = dict(lr=rate, beta1=beta1, beta2=beta2, weight_decay=decay, eps=epsilon, amsgrad=False, maximize=False)
+            torch._fused_adamw_(plain, [p.grad for p in plain], first, second, [], steps, **how)
+        for p in kinds[False]:
+            step, size = int(self.state[p]["step"]), SLICE[p.device.type]
+            key = generator(self.seed, "rounding", step, self.numbers[p]).initial_seed() >> 2
+            now = rate / (1 - beta1**step), (1 - beta2**step) ** 0.5, 1 - rate * decay, beta1, beta2, epsilon
+            slices = p.view(-1).split(size), p.grad.view(-1).split(size), *(self.slices(p, name, size) for name in SIGNED)
+            for number, slice in enumerate(zip(*slices, strict=True)):
+                self.kernel(*slice, *now, key + number * size)
+
+    def slices(self, p: Tensor, name: str, size: int) -> Iterator[tuple[Tensor, ...]]:
+        """A moment in slices, each as `update` takes it."""
+        values, scales = self.state[p][name].view(-1).split(size), self.state[p].get(f"{name}_scale")
+        if scales is None:
+            return zip(values)
+        return zip(values, scales.split(size // BLOCK), *map(itertools.repeat, code(SIGNED[name], p.device)), strict=False)
+
+
+def update(
+    p: Tensor, g: Tensor, first: tuple[Tensor, ...], second: tuple[Tensor, ...],
+    rate: float, root: float, keep: float, beta1: float, beta2: float, epsilon: float, key: int,
+) -> None:  # fmt: skip
+    """A step of a slice p [n] by its gradient g [n], in place; fit for torch.compile.
+
+    Moments are (values [n],) or (codes [n], scales [b], *code). `rate` and `root` hold the corrections of their bias: the
+    learning rate / (1 - beta1^step) and sqrt(1 - beta2^step); `keep` is what weight decay leaves.
+    """
+    weight, g, m, v = p.float(), g.float(), decoded(*first), decoded(*second)
+    m.lerp_(g, 1 - beta1)
+    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    weight.mul_(keep).sub_(m.div(v.sqrt().div_(root).add_(epsilon)).mul_(rate))  # as a `value`, it would be compiled in
+    if p.dtype == torch.bfloat16:  # the upper half of fp32's bits
+        p.view(torch.int16).copy_((weight.view(torch.int32) + random_bits(p, key)).bitwise_right_shift_(16))
+    encode(m, *first)
+    encode(v, *second)
+
+
+def random_bits(like: Tensor, key: int) -> Tensor:
+    """16 random bits for each element [n], int32: a hash of key + place, 0 to 2^31, so the same on every device.
+
+    The hash is triple32 of github.com/skeeto/hash-prospector, up to its last multiplication.
+    """
+    x = torch.arange(len(like), dtype=torch.int32, device=like.device).add_(key)
+    for shift, factor in ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB)):
+        x.bitwise_xor_((x >> shift).bitwise_and_((1 << 32 - shift) - 1)).mul_((factor ^ 1 << 31) - (1 << 31))
+    return x.bitwise_right_shift_(16).bitwise_and_(0xFFFF)
+
+
+@functools.cache
+def code(signed: bool, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Dynamic quantisation's levels in [-1, 1] or (0, 1]: 7 decades, each of twice as many, evenly spaced, as the one below.
+
+    Second moments have no level 0 here: beside a large one in its block a small one would be 0, and its parameter would jump.
+    Also the code of the level nearest to any number in [-1, 1], by the upper half of its fp32 bits [65536].
+    """
+    edges = [torch.linspace(0.1, 1, (1 if signed else 2) * 2**decade + 1) for decade in range(7)]
+    positive = torch.cat([10.0 ** (decade - 6) * (x[1:] + x[:-1]) / 2 for decade, x in enumerate(edges)])
+    rest = torch.tensor([1.0, 0.0][: 1 + signed])
+    levels = torch.cat([positive, rest, -positive[: len(positive) * signed]]).sort().values
+    middles = torch.arange(1 << 16, dtype=torch.int32) << 16 | 1 << 15
+    codes = torch.bucketize(middles.view(torch.float32), (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+    return levels.to(device), codes.to(device)
+
+
+def decoded(values: Tensor, *eight: Tensor) -> Tensor:
+    """A moment [n] in fp32: itself, if it is not in 8 bits."""
+    if not eight:
+        return values
+    scales, levels, _ = eight
+    return levels.index_select(0, values.int()).view(-1, BLOCK).mul_(scales[:, None]).view(-1)
+
+
+def encode(x: Tensor, values: Tensor, *eight: Tensor) -> None:
+    """Put a moment x [n] where `decoded` finds it; what was x is lost."""
+    if eight:
+        blocks, (scales, _, codes) = x.view(-1, BLOCK), eight
+        scales.copy_(blocks.abs().amax(1))
+        bits = blocks.div_(scales.clamp(min=1e-38)[:, None]).view(torch.int32).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
+        values.copy_(codes.index_select(0, bits.view(-1)))
 
 
 def moments(optimizer: torch.optim.Optimizer, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -38,10 +167,11 @@ def moments(optimizer: torch.optim.Optimizer, modules: Mapping[str, nn.Module]) 
     }
 
 
-def restore(optimizer: torch.optim.Optimizer, modules: Mapping[str, nn.Module], saved: Mapping[str, Tensor]) -> None:
-    """Put back what `moments` gave, each tensor where its parameter is; a parameter without a gradient has none."""
+def restore(optimizer: AdamW, modules: Mapping[str, nn.Module], saved: Mapping[str, Tensor]) -> None:
+    """Put back what `moments` gave; a parameter without a gradient has none."""
     for part, module in modules.items():
         for name, parameter in module.named_parameters():
-            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{part}.{name}.{key}" in saved]
-            for key in keys:
-                optimizer.state[parameter][key] = saved[f"{part}.{name}.{key}"].to(parameter.device).clone()
+            if f"{part}.{name}.step" in saved:
+                optimizer.state[parameter] = optimizer.fresh(parameter)
+                for key, value in optimizer.state[parameter].items():
+                    value.copy_(saved[f"{part}.{name}.{key}"])

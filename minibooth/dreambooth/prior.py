@@ -1,19 +1,21 @@
-"""The class pictures of prior preservation: what the frozen model itself draws for the class prompt.
+"""Pictures that a model draws to be kept; among them the class pictures of prior preservation, of the frozen model itself.
 
 Ruiz et al. 2022, section 3.3. They lie in a folder of their own that is named after all they depend on (prompt, weights,
-sampler, size, seed), so that they are reused only for what they were drawn for, and an interrupted run goes on.
+sampler, size), so that they are reused only for what they were drawn for, and an interrupted run goes on.
 """
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from minibooth.checkpoint import files
-from minibooth.checkpoint.load import Source
+from minibooth.checkpoint.load import SCHEDULE, Source
 from minibooth.diffusion.images import save_png
 from minibooth.diffusion.text_to_image import StableDiffusion
 from minibooth.dreambooth.data import find_pictures, is_picture
@@ -22,45 +24,66 @@ from minibooth.dreambooth.settings import Settings
 DRAWING: dict[str, Any] = {"sampler": "ddim", "steps": 50, "guidance_scale": 7.5}
 
 
-class ClassPictures:
-    """The user's own pictures in --class_data_dir, topped up to --num_class_images by drawn ones; picture i has seed i.
+def origin(source: Source, weights: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype) -> dict[str, Any]:
+    """What pictures depend on of the model that draws them, with these weights, by network."""
+    named = {f"{part}.{name}": x for part, tensors in weights.items() for name, x in tensors.items()}
+    scheduler = source.json(SCHEDULE)
+    return {"weights": files.hash_of(named), "scheduler": scheduler, "dtype": str(dtype), "seed": "the picture's number"}
 
-    `pictures` are all of them, of which `missing` are still to be drawn. Raises UserError for pictures that cannot be read.
+
+class Drawings:
+    """`count` pictures of one prompt, in a folder of `parent`; each has its seed, from `first` on, for a name.
+
+    manifest: all they depend on, that is prompt, resolution (None: the model's own), what DRAWING has, negative_prompt where
+    there is one, and `origin`. `missing`: those still to be drawn, by seed.
+    """
+
+    def __init__(self, parent: Path, manifest: dict[str, Any], count: int, first: int = 0):
+        self.manifest = manifest
+        key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:10]
+        self.folder = parent / f"drawn-{key}"
+        drawn = {seed: self.folder / f"{seed:05d}.png" for seed in range(first, first + count)}
+        self.missing = {seed: path for seed, path in drawn.items() if not path.exists()}
+        self.pictures = [*drawn.values()]
+
+
+@torch.no_grad()
+def draw(sets: Sequence[Drawings], pipe: StableDiffusion, batch_size: int, name: str) -> None:
+    """Draw what is missing in sets that differ by their prompts alone, and keep each picture as soon as it is there."""
+    for each in (each for each in sets if each.missing):
+        with files.replacing(each.folder / "manifest.json") as temporary:
+            temporary.write_text(json.dumps(each.manifest, indent=2) + "\n")
+    manifest, todo = sets[0].manifest, [(each, seed) for each in sets for seed in each.missing]
+    negative, side = manifest.get("negative_prompt"), manifest["resolution"]
+    how = {setting: manifest[setting] for setting in DRAWING}
+    unconditional = pipe.unconditional([negative] if negative else None) if how["guidance_scale"] > 1 else None
+    with tqdm(total=len(todo), desc=f"drawing {name}", disable=None) as bar:
+        for batch in (todo[start : start + batch_size] for start in range(0, len(todo), batch_size)):
+            prompts, seeds = [each.manifest["prompt"] for each, _ in batch], [seed for _, seed in batch]
+            pictures = pipe.draw(pipe.condition(prompts), unconditional, seeds, side, side, **how)
+            for (each, seed), prompt, picture in zip(batch, prompts, pictures, strict=True):
+                save_png(picture, each.missing[seed], {"prompt": prompt, "seed": str(seed)})
+            bar.update(len(batch))
+
+
+class ClassPictures(Drawings):
+    """The user's own pictures in --class_data_dir, topped up to --num_class_images by drawn ones; drawn picture i has seed i.
+
+    `pictures` are all of them. Raises UserError for pictures that cannot be read.
     """
 
     def __init__(self, settings: Settings, source: Source, dtype: torch.dtype):
         self.settings = settings
         folder = Path(settings.class_data_dir or Path(settings.output_dir) / "class")
         own = find_pictures(folder)[0] if folder.is_dir() and any(map(is_picture, folder.iterdir())) else []
-        weights = {f"{part}.{name}": x for part, tensors in source.weights.items() for name, x in tensors.items()}
-        self.manifest = {
-            "prompt": settings.class_prompt,
-            "resolution": settings.resolution,
-            "weights": files.hash_of(weights),
-            "scheduler": source.json("scheduler/scheduler_config.json"),
-            "dtype": str(dtype),
-            "seed": "the picture's number",
-            **DRAWING,
-        }
-        key = hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()[:10]
-        self.folder = folder / f"drawn-{key}"
+        prompt = {"prompt": settings.class_prompt, "resolution": settings.resolution}
+        manifest = prompt | origin(source, source.weights, dtype) | DRAWING
+        super().__init__(folder, manifest, settings.num_class_images - len(own))
         self.outdated = [path.name for path in folder.glob("drawn-*") if path != self.folder]
-        drawn = [self.folder / f"{i:05d}.png" for i in range(settings.num_class_images - len(own))]
-        self.missing = {i: path for i, path in enumerate(drawn) if not path.exists()}
-        self.pictures = own + drawn
+        self.pictures = own + self.pictures
 
-    @torch.no_grad()
     def draw(self, pipe: StableDiffusion) -> None:
-        """Draw the missing ones with the frozen pipeline, a batch at a time, and keep each as soon as it is there."""
+        """Draw the missing ones with the frozen pipeline."""
         if not self.folder.exists() and self.outdated:
             print(f"class pictures in {', '.join(self.outdated)} are of another prompt, model or setting: drawing anew")
-        with files.replacing(self.folder / "manifest.json") as temporary:
-            temporary.write_text(json.dumps(self.manifest, indent=2) + "\n")
-        side, todo, size = self.settings.resolution, list(self.missing), self.settings.sample_batch_size
-        conditions = pipe.condition([self.settings.class_prompt]), pipe.unconditional(None)
-        with tqdm(total=len(todo), desc="drawing class pictures", disable=None) as bar:
-            for seeds in (todo[start : start + size] for start in range(0, len(todo), size)):
-                pictures = pipe.draw(*conditions, seeds, side, side, **DRAWING)
-                for seed, picture in zip(seeds, pictures, strict=True):
-                    save_png(picture, self.missing[seed], {"prompt": self.settings.class_prompt, "seed": str(seed)})
-                bar.update(len(seeds))
+        draw([self], pipe, self.settings.sample_batch_size, "class pictures")

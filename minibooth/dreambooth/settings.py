@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minibooth.dreambooth.data import INTERPOLATION
-from minibooth.dreambooth.optimizer import SCHEDULES
+from minibooth.dreambooth.learning_rate import SCHEDULES
 from minibooth.errors import UserError
 from minibooth.models.lora import TARGETS
 
@@ -41,7 +41,10 @@ class Settings:
     prior_generation_precision: str | None = flag(
         None, "for class pictures; fp16 on a GPU", choices=("no", "fp32", "fp16", "bf16")
     )
-    resolution: int = flag(512, "side of the training crops in pixels")
+    stage: str | None = flag(None, "what is trained; as the model is", choices=("text_to_image", "super_resolution"))
+    upscaler: str = flag("", "an x4-upscaler to train afterwards on the same photographs: OUTPUT_DIR/upscaler")
+    noise_levels: tuple[int, int] = flag((0, 0), "noise on the small pictures that an upscaler is shown; the model had 0 349")
+    resolution: int = flag(512, "side of the training crops in pixels; an upscaler's are cut at the pictures' full detail")
     center_crop: bool = flag(False, "cut at the centre instead of anywhere")
     random_flip: bool = flag(False, "mirror every other crop")
     image_interpolation_mode: str = flag("lanczos", "filter that resizes photographs", choices=tuple(INTERPOLATION))
@@ -70,15 +73,21 @@ class Settings:
     lr_warmup_steps: int = flag(500, "steps of linear warm-up (not for constant)")
     lr_num_cycles: int = flag(1, "restarts of cosine_with_restarts")
     lr_power: float = flag(1.0, "power of polynomial")
-    use_8bit_adam: bool = flag(False, "accepted; moments are kept in 32 bits")
+    use_8bit_adam: bool = flag(False, "AdamW's moments in 8 bits: a quarter of their memory")
     adam_beta1: float = flag(0.9, "decay of the first moment")
     adam_beta2: float = flag(0.999, "decay of the second moment")
     adam_weight_decay: float = flag(1e-2, "decoupled weight decay")
     adam_epsilon: float = flag(1e-8, "epsilon of AdamW")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0 leaves them")
+    full_bf16: bool = flag(False, "weights and gradients in bf16, rounded stochastically; wants --mixed_precision bf16")
+    fused_backward_pass: bool = flag(
+        False, "update each weight as its gradient comes, so that they are never all there; wants --max_grad_norm 0"
+    )
     offset_noise: bool = flag(False, "add 0.1 times a constant per channel to the noise")
     snr_gamma: float | None = flag(None, "min-SNR weighting of the loss; 5.0 is usual")
-    mixed_precision: str | None = flag(None, "autocast; weights stay in fp32", choices=("no", "fp16", "bf16"))
+    mixed_precision: str | None = flag(
+        None, "autocast; weights stay in fp32, but for --full_bf16", choices=("no", "fp16", "bf16")
+    )
     allow_tf32: bool = flag(False, "TF32 matrix products on Ampere and later GPUs")
     device: str | None = flag(None, "cuda, mps or cpu; the best there")
     checkpointing_steps: int = flag(500, "steps between checkpoints")
@@ -105,10 +114,6 @@ class Settings:
         for name in ("pretrained_model_name_or_path", "instance_data_dir", "instance_prompt"):
             if not getattr(self, name):
                 raise UserError(f"--{name} is missing")
-        if self.with_prior_preservation and not self.class_prompt:
-            raise UserError('--with_prior_preservation needs --class_prompt, such as "a photo of dog"')
-        if self.resolution % 8 or self.resolution <= 0:
-            raise UserError(f"--resolution {self.resolution} is not divisible by 8")
         least = dict.fromkeys(("crops_per_image", "lr_warmup_steps", "rank"), 0)
         least |= dict.fromkeys(("train_batch_size", "num_train_epochs", "gradient_accumulation_steps", "sample_batch_size"), 1)
         least |= dict.fromkeys(("checkpointing_steps", "validation_steps", "num_validation_images", "num_class_images"), 1)
@@ -116,23 +121,34 @@ class Settings:
         for name, bound in least.items():
             if (value := getattr(self, name)) is not None and value < bound:
                 raise UserError(f"--{name} {value} is less than {bound}")
-        alone = [name for name in ("lora_alpha", "lora_dropout") if getattr(self, name)]
-        if alone and not self.rank:
-            raise UserError(f"--{alone[0]} is a LoRA's: add --rank 4 to train one")
-        if self.rank and self.output_format == "single":
-            raise UserError("--output_format single is for whole models; a LoRA comes as diffusers' file and as kohya's")
-        if not 0 <= self.lora_dropout < 1:
-            raise UserError(f"--lora_dropout {self.lora_dropout} is not between 0 and 1")
         decays = self.lr_scheduler not in ("constant", "constant_with_warmup")
-        if decays and self.max_train_steps and self.lr_warmup_steps >= self.max_train_steps:
-            raise UserError(
-                f"--lr_warmup_steps {self.lr_warmup_steps} leaves nothing of {self.max_train_steps} steps; set it to 0"
-            )
+        once, accumulated = self.fused_backward_pass, self.gradient_accumulation_steps > 1
+        refused = {
+            '--with_prior_preservation needs --class_prompt, such as "a photo of dog"':
+                self.with_prior_preservation and not self.class_prompt,
+            f"--resolution {self.resolution} is not divisible by 8": self.resolution % 8 or self.resolution <= 0,
+            "--lora_alpha is a LoRA's: add --rank 4 to train one": self.lora_alpha and not self.rank,
+            "--lora_dropout is a LoRA's: add --rank 4 to train one": self.lora_dropout and not self.rank,
+            "--output_format single is for whole models; a LoRA comes as diffusers' file and as kohya's":
+                self.rank and self.output_format == "single",
+            f"--lora_dropout {self.lora_dropout} is not between 0 and 1": not 0 <= self.lora_dropout < 1,
+            f"--lr_warmup_steps {self.lr_warmup_steps} leaves nothing of {self.max_train_steps} steps; set it to 0":
+                decays and self.lr_warmup_steps >= (self.max_train_steps or math.inf),
+            "--full_bf16 needs --mixed_precision bf16": self.full_bf16 and self.mixed_precision != "bf16",
+            "--fused_backward_pass never has all gradients at once, to clip them: add --max_grad_norm 0":
+                once and self.max_grad_norm,
+            "--fused_backward_pass keeps no gradients to accumulate: take a larger --train_batch_size": once and accumulated,
+            "--fused_backward_pass cannot take back an update that overflowed in fp16: use --mixed_precision bf16":
+                once and self.mixed_precision == "fp16",
+        }  # fmt: skip
+        for problem, there in refused.items():
+            if there:
+                raise UserError(problem)
 
     def notes(self) -> list[str]:
         """A line for each flag that was given and has no effect."""
         given = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
-        silent = [f for f in given if f.metadata["help"].startswith(("without effect", "accepted"))]
+        silent = [f for f in given if f.metadata["help"].startswith("without effect")]
         return [f"--{f.name}: {f.metadata['help']}" for f in silent]
 
     def steps(self, pictures: int) -> int:

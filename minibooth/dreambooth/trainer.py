@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -32,12 +31,14 @@ from minibooth.diffusion import load
 from minibooth.diffusion.images import grid, save_png
 from minibooth.diffusion.noise import generator, seeded
 from minibooth.diffusion.text_to_image import Condition
+from minibooth.dreambooth import stages
 from minibooth.dreambooth.data import find_pictures
 from minibooth.dreambooth.identifier import doubts
 from minibooth.dreambooth.journal import Journal
 from minibooth.dreambooth.latents import Latents
+from minibooth.dreambooth.learning_rate import learning_rate
 from minibooth.dreambooth.objective import dreambooth_loss
-from minibooth.dreambooth.optimizer import learning_rate, moments, restore
+from minibooth.dreambooth.optimizer import BLOCK, AdamW, moments, restore
 from minibooth.dreambooth.prior import ClassPictures
 from minibooth.dreambooth.settings import Settings
 from minibooth.errors import UserError
@@ -46,9 +47,9 @@ from minibooth.models.blocks import ResnetBlock, Transformer
 from minibooth.models.clip import Layer
 from minibooth.models.lora import Adapter
 
-VALIDATION: dict[str, Any] = {"steps": 25, "sampler": "dpmpp_2m"}
 OFFSET_NOISE = 0.1
 KOHYA = "kohya.safetensors"  # a checkpoint's LoRA, with every bit
+SAME = ("use_8bit_adam", "full_bf16")  # what a checkpoint's tensors are stored by
 
 
 class Trainer:
@@ -65,6 +66,9 @@ class Trainer:
         state = files.read_json(self.resumed / "state.json") if self.resumed else {"step": 0}
         if self.resumed and (self.resumed / KOHYA).exists() != bool(settings.rank):
             raise UserError(f"{self.resumed} is {'not ' * bool(settings.rank)}a LoRA's: go on with the same --rank as before")
+        for name in SAME:
+            if self.resumed and state.get(name, False) != getattr(settings, name):
+                raise UserError(f"{self.resumed} was trained with{'out' * (not state.get(name))} --{name}: go on as it began")
         self.start: int = state["step"]
         self.seed = state.get("seed", secrets.randbits(31)) if settings.seed is None else settings.seed
         self.settings = s = self.journal.settings = dataclasses.replace(settings, seed=self.seed)
@@ -72,10 +76,12 @@ class Trainer:
         pictures, self.skipped = find_pictures(Path(s.instance_data_dir))
         how = s.variant, s.revision, s.tokenizer
         self.pipe = load(Source.open(s.pretrained_model_name_or_path, *how, prediction_type=s.prediction_type))
-        self.sets, self.prompts = [Latents("subject", pictures, s, self.seed)], [s.instance_prompt]
+        self.stage = stages.of(self.pipe)(s, self.pipe, pictures)
+        self.sets, self.prompts = [Latents("subject", pictures, self.stage, self.seed)], [s.instance_prompt]
         if s.with_prior_preservation:
             self.prior, self.prior_dtype = ClassPictures(s, self.pipe.source, prior_dtype), prior_dtype
-            self.sets.append(Latents("class", self.prior.pictures, s, self.seed))
+            self.stage.check(self.prior.pictures, drawn=len(self.prior.missing))
+            self.sets.append(Latents("class", self.prior.pictures, self.stage, self.seed))
             self.prompts.append(s.class_prompt)
         self.steps = s.steps(max(len(latents.pictures) for latents in self.sets))
         self.texts = [name for name in self.pipe.networks if name.startswith("text_encoder")]
@@ -100,7 +106,9 @@ class Trainer:
         parameters = {name: [p for p in module.parameters() if p.requires_grad] for name, module in self.trained.items()}
         groups = [{"params": trained, "peak": rates[name]} for name, trained in parameters.items()]
         betas = s.adam_beta1, s.adam_beta2
-        self.optimizer = torch.optim.AdamW(groups, 0.0, betas, s.adam_epsilon, s.adam_weight_decay, fused=True)
+        self.optimizer = AdamW(groups, betas, s.adam_epsilon, s.adam_weight_decay, s.use_8bit_adam, self.seed)
+        if s.fused_backward_pass:
+            self.optimizer.step_in_backward()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         if self.resumed:
             restore(self.optimizer, self.trained, files.Tensors([self.resumed / "optimizer.safetensors"]))
@@ -122,14 +130,15 @@ class Trainer:
         return made
 
     def place(self, name: str, trains: bool) -> None:
-        """Bring a network to the device: in the working precision, but in fp32 where it trains (from the checkpoint, if any).
+        """Bring a network to the device: in the working precision, but where it trains, in that of the weights that are
+        kept (from the checkpoint, if any).
 
         With a LoRA, that alone is what trains.
         """
-        full = trains and not self.settings.rank
-        module = getattr(self.pipe, name).requires_grad_(full).to(self.device, torch.float32 if full else self.dtype)
+        full, kept = trains and not self.settings.rank, torch.bfloat16 if self.settings.full_bf16 else torch.float32
+        module = getattr(self.pipe, name).requires_grad_(full).to(self.device, kept if full else self.dtype)
         if trains and not full:
-            lora.attach(module.train(), self.lora[name], torch.float32)
+            lora.attach(module.train(), self.lora[name], kept)
         elif full and self.resumed:
             module.load_state_dict(dict(files.weights_of(self.resumed / name, COMPONENTS[name].stem)))
         if trains and self.settings.gradient_checkpointing:
@@ -213,26 +222,28 @@ class Trainer:
         """The objective on the run's `batch`-th batch: B subject samples, then B class samples."""
         s, scheduler, B = self.settings, self.pipe.scheduler, self.settings.train_batch_size
         samples = [self.sample(latents, n) for latents in self.sets for n in range(batch * B, (batch + 1) * B)]
-        x0, noise, t, sizes = (torch.cat(column).to(self.device) for column in zip(*samples, strict=True))
+        x0, noise, t, *told = (torch.cat(column).to(self.device) for column in zip(*samples, strict=True))
         autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
         with autocast, seeded(self.device, self.seed, "dropout", batch):
             condition = self.condition or self.pipe.condition(self.prompts)
-            condition = self.pipe.told(tuple(each.repeat_interleave(B, dim=0) for each in condition), sizes)
-            x = scheduler.add_noise(x0, noise, t)
-            prediction = self.pipe.unet(x, t, *condition)
+            condition = tuple(each.repeat_interleave(B, dim=0) for each in condition)
+            prediction = self.stage.predict(scheduler.add_noise(x0, noise, t), t, condition, *told)
         weight = s.prior_loss_weight if s.with_prior_preservation else None
         return dreambooth_loss(prediction, scheduler.target(x0, noise, t), t, scheduler, weight, s.snr_gamma)
 
-    def sample(self, latents: Latents, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The run's n-th sample: latent x0 and noise [1, Z, h, w], timestep [1], sizes [1, 6]. Depends on (seed, n) alone."""
+    def sample(self, latents: Latents, n: int) -> tuple[Tensor, ...]:
+        """The run's n-th sample: latent x0 and noise [1, Z, h, w], timestep [1], and what else the UNet is told, [1, ...].
+
+        Depends on (seed, n) alone.
+        """
         rng = generator(latents.seed, latents.name, "sample", n)
-        posterior, sizes = latents[n]
+        posterior, known = latents[n]
         x0 = posterior.sample(rng)
         noise = torch.randn(x0.shape, generator=rng)
         t = torch.randint(self.pipe.scheduler.num_train_timesteps, (1,), generator=rng)
         if self.settings.offset_noise:
             noise = noise + OFFSET_NOISE * torch.randn(*x0.shape[:2], 1, 1, generator=rng)
-        return x0, noise, t, sizes
+        return x0, noise, t, *self.stage.tell(known, rng)
 
     def set_learning_rates(self, step: int) -> list[float]:
         """Give the optimizer this step's rates, one per trained network."""
@@ -251,15 +262,15 @@ class Trainer:
         if not s.validation_prompt:
             return
         conditions, unconditional = self.validation if self.condition else self.validation_conditions()
-        seeds, side = range(self.seed, self.seed + s.num_validation_images), s.resolution
+        seeds = range(self.seed, self.seed + s.num_validation_images)
         trained = nn.ModuleList(self.trained.values()).eval()  # no dropout
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            rows = [self.pipe.draw(condition, unconditional, seeds, side, side, **VALIDATION) for condition in conditions]
+            rows = self.stage.show(conditions, unconditional, seeds)
         trained.train()
         about = {"prompt": s.validation_prompt, "step": str(step), "seed": str(self.seed)}
         path = self.journal.folder / "samples" / f"step-{step}.png"
         path.parent.mkdir(exist_ok=True)
-        save_png(grid([picture for row in rows for picture in row], columns=len(seeds)), path, about)
+        save_png(grid([picture for row in rows for picture in row], columns=len(rows[0])), path, about)
         before = path.with_name("step-0.png")
         if step == self.steps and before.exists():
             save_png(grid([Image.open(before), Image.open(path)], columns=2), path.with_name("before-after.png"), about)
@@ -278,7 +289,8 @@ class Trainer:
                 files.write_weights(folder / name / f"{COMPONENTS[name].stem}.safetensors", module.state_dict())
                 (folder / name / "config.json").write_bytes(self.pipe.source.files[f"{name}/config.json"])
             files.write_weights(folder / "optimizer.safetensors", moments(self.optimizer, self.trained))
-            state = {"step": step, "seed": self.seed, "scaler": self.scaler.state_dict()}
+            how = {name: getattr(self.settings, name) for name in SAME}
+            state = {"step": step, "seed": self.seed, "scaler": self.scaler.state_dict(), **how}
             (folder / "state.json").write_text(json.dumps(state))
         self.journal.prune()
 
@@ -303,7 +315,8 @@ class Trainer:
         updates = {name: sum(x.down.numel() + x.up.numel() for x in made.values()) for name, made in self.lora.items()}
         trained = updates or {name: sizes[name] for name in self.trained}
         frozen = sum(size for name, size in sizes.items() if updates or name not in trained)
-        memory = 16 * sum(trained.values()) + self.dtype.itemsize * frozen
+        each = (2 if s.full_bf16 else 4) * (1 if s.fused_backward_pass else 2) + (2 + 8 / BLOCK if s.use_8bit_adam else 8)
+        memory = each * sum(trained.values()) + self.dtype.itemsize * frozen
         batch = " + ".join([str(s.train_batch_size)] * len(self.sets))
         rows = [
             ("model", f"{self.pipe.source.name}, predicts {self.pipe.scheduler.prediction_type}"),

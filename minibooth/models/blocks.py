@@ -88,19 +88,23 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, attention to the prompt, feed-forward; each normalised before and added."""
+    """Self-attention, attention to the prompt, feed-forward; each normalised before and added.
 
-    def __init__(self, width: int, heads: int, context_width: int, upcast: bool):
+    `cross`: to the prompt both times, as in the upper levels of the x4-upscaler, where places are too many for the first.
+    """
+
+    def __init__(self, width: int, heads: int, context_width: int, upcast: bool, cross: bool):
         super().__init__()
+        self.cross = cross
         self.norm1 = nn.LayerNorm(width)
-        self.attn1 = Attention(width, heads, upcast=upcast)
+        self.attn1 = Attention(width, heads, context_width * cross, upcast=upcast)
         self.norm2 = nn.LayerNorm(width)
         self.attn2 = Attention(width, heads, context_width, upcast=upcast)
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn1(self.norm1(x), context if self.cross else None)
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
@@ -111,12 +115,15 @@ class Transformer(nn.Module):
     `linear` projects as linear layers over tokens (SD 2 and later), otherwise as 1x1 convolutions over the map (SD 1).
     """
 
-    def __init__(self, width: int, heads: int, context_width: int, groups: int, depth: int, linear: bool, upcast: bool):
+    def __init__(
+        self, width: int, heads: int, context_width: int, groups: int, depth: int, linear: bool, upcast: bool, cross: bool
+    ):
         super().__init__()
         self.linear = linear
         self.norm = nn.GroupNorm(groups, width, eps=1e-6)
         self.proj_in = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
-        self.transformer_blocks = nn.ModuleList(TransformerBlock(width, heads, context_width, upcast) for _ in range(depth))
+        blocks = (TransformerBlock(width, heads, context_width, upcast, cross) for _ in range(depth))
+        self.transformer_blocks = nn.ModuleList(blocks)
         self.proj_out = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:

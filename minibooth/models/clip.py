@@ -1,4 +1,4 @@
-"""CLIP's text encoder (Radford et al. 2021), which turns a prompt into what the UNet attends to.
+"""CLIP's text encoder (Radford et al. 2021), which turns a prompt into what the UNet attends to. `vision` has its layers too.
 
 SD 1 has OpenAI's ViT-L/14 (12 layers, quick GELU), SD 2 OpenCLIP's ViT-H/14 (GELU), published with 23 of its 24 layers:
 its last state here is the penultimate one that SD 2 is conditioned on, so the final LayerNorm simply follows in both.
@@ -9,24 +9,23 @@ Shapes: B prompts, N tokens (77), D width.
 import torch
 from torch import Tensor, nn
 
-from minibooth.errors import UserError
 from minibooth.models import ops
-from minibooth.models.config import CLIPTextConfig
+from minibooth.models.config import CLIPTextConfig, TransformerConfig
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention of each token to itself and those before it."""
+    """Multi-head attention of each token to all, or to itself and those before it."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, causal: bool):
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
         self.q_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out_proj(ops.attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, causal=True))
+        return self.out_proj(ops.attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, self.causal))
 
 
 class MLP(nn.Module):
@@ -43,10 +42,10 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """Attention, then MLP; each normalised before and added."""
 
-    def __init__(self, config: CLIPTextConfig):
+    def __init__(self, config: TransformerConfig):
         super().__init__()
         width, eps = config.hidden_size, config.layer_norm_eps
-        self.self_attn = SelfAttention(width, config.num_attention_heads)
+        self.self_attn = SelfAttention(width, config.num_attention_heads, config.CAUSAL)
         self.layer_norm1 = nn.LayerNorm(width, eps)
         self.mlp = MLP(width, config.intermediate_size, config.hidden_act)
         self.layer_norm2 = nn.LayerNorm(width, eps)
@@ -69,7 +68,7 @@ class Embeddings(nn.Module):
 
 
 class Encoder(nn.Module):
-    def __init__(self, config: CLIPTextConfig):
+    def __init__(self, config: TransformerConfig):
         super().__init__()
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
 
@@ -93,6 +92,14 @@ class TextModel(nn.Module):
         penultimate, last = self.encoder(self.embeddings(ids))
         return penultimate, self.final_layer_norm(last)
 
+    def pooled(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The state before the last layer [B, N, D], not normalised, and the last one at the end token [B, D].
+
+        The end token is the vocabulary's last.
+        """
+        penultimate, last = self(ids)
+        return penultimate, last[torch.arange(len(ids)), ids.argmax(dim=1)]
+
 
 class CLIPText(nn.Module):
     """text_encoder(token ids [B, N]) -> [B, N, D]; XL takes `penultimate` instead."""
@@ -100,8 +107,6 @@ class CLIPText(nn.Module):
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
         self.config = config
-        if config.hidden_act not in ops.ACTIVATIONS:
-            raise UserError(f"hidden_act={config.hidden_act!r} in the text encoder's config.json is not supported")
         self.text_model = TextModel(config)
         if "CLIPTextModelWithProjection" in config.architectures:
             self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
@@ -110,10 +115,6 @@ class CLIPText(nn.Module):
         return self.text_model(ids)[1]
 
     def penultimate(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The state before the last layer [B, N, D], not normalised, and the last one at the end token [B, D or P].
-
-        The end token is the vocabulary's last; what is pooled at it is projected where the encoder has a projection.
-        """
-        states, last = self.text_model(ids)
-        pooled = last[torch.arange(len(ids)), ids.argmax(dim=1)]
+        """`TextModel.pooled`, what is pooled [B, D or P] projected where the encoder has a projection."""
+        states, pooled = self.text_model.pooled(ids)
         return states, self.text_projection(pooled) if hasattr(self, "text_projection") else pooled

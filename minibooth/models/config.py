@@ -1,7 +1,7 @@
 """What a folder's config.json says, as dataclasses: the fields we build from, and for every other key the one value we mean.
 
 Defaults are those of the class that wrote the file (diffusers' UNet2DConditionModel and AutoencoderKL, transformers'
-CLIPTextConfig), since published files leave out what equals the default of their day.
+CLIPConfig, ViTConfig), since published files leave out what equals the default of their day.
 """
 
 import dataclasses
@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from minibooth.errors import UserError
+from minibooth.models import ops
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Base of the three: `from_dict` refuses by name whatever would change the network and is not implemented."""
+    """Base of all: `from_dict` refuses by name whatever would change the network and is not implemented."""
 
     NEUTRAL: ClassVar[Mapping[str, Any]] = {}  # keys that are read, with the only value they may have
     CLASSES: ClassVar[tuple[str, ...]] = ()  # what `_class_name` may say
@@ -60,6 +61,8 @@ class UNetConfig(Config):
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     transformer_layers_per_block: int | tuple[int, ...] = 1
+    only_cross_attention: bool | tuple[bool, ...] = False
+    num_class_embeds: int | None = None
     addition_embed_type: str | None = None
     addition_time_embed_dim: int = 256
     projection_class_embeddings_input_dim: int = 2816
@@ -94,24 +97,82 @@ class VAEConfig(Config):
 
 
 @dataclasses.dataclass(frozen=True)
-class CLIPTextConfig(Config):
-    """text_encoder/config.json; transformers writes many keys of generation and training that say nothing here."""
+class TransformerConfig(Config):
+    """What the encoders of text and of pictures share; transformers writes many more keys that say nothing here."""
+
+    SECTION: ClassVar[str] = ""  # where a whole CLIP model's config.json says it
+    CAUSAL: ClassVar[bool] = False  # whether a token sees only those before it
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.hidden_act not in ops.ACTIVATIONS:
+            raise UserError(f"{self.CLASSES[0]}: hidden_act={self.hidden_act!r} in config.json is not supported")
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> Self:
+        """Reads the section of a whole CLIP model too."""
+        config = {"architectures": [], **(config.get(cls.SECTION) or config)}
+        return super().from_dict({f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config})
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPTextConfig(TransformerConfig):
+    """text_encoder/config.json."""
 
     CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
+    SECTION = "text_config"
+    CAUSAL = True
 
     vocab_size: int = 49408
     hidden_size: int = 512
     intermediate_size: int = 2048
-    num_hidden_layers: int = 12
     num_attention_heads: int = 8
     max_position_embeddings: int = 77
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
     projection_dim: int = 512
     architectures: tuple[str, ...] = CLASSES
 
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig(TransformerConfig):
+    """The eyes of a CLIP model."""
+
+    CLASSES = ("CLIPVisionModel",)
+    SECTION = "vision_config"
+    PLAIN: ClassVar[bool] = False  # ViT as Dosovitskiy et al. have it: patches with a bias, and no norm before the layers
+
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig(VisionConfig):
+    """config.json of a ViT, as DINO is published."""
+
+    CLASSES = ("ViTModel",)
+    SECTION = ""
+    PLAIN = True
+
+    patch_size: int = 16
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-12
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPConfig(Config):
+    """config.json of a whole CLIP model, text and pictures."""
+
+    text: CLIPTextConfig
+    vision: VisionConfig
+    projection_dim: int
+
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
-        """Reads the `text_config` of a whole CLIP model too."""
-        config = {"architectures": [], **(config.get("text_config") or config)}
-        return super().from_dict({f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config})
+        text, vision = CLIPTextConfig.from_dict(config), VisionConfig.from_dict(config)
+        return cls(text, vision, config.get("projection_dim", 512))

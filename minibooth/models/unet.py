@@ -1,7 +1,9 @@
-"""The UNet of Stable Diffusion 1, 2 and XL: what predicts the noise (or the velocity) in a latent. Rombach et al. 2022.
+"""The UNet of Stable Diffusion 1, 2, XL and x4: what predicts the noise (or the velocity) in a latent. Rombach et al. 2022.
 
 Shapes: B batch, C latent channels, h x w latent size, N prompt tokens, D width of their encoding, P of the pooled one.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +30,13 @@ class TimestepEmbedding(nn.Module):
 
 
 class UNet(nn.Module):
-    """unet(x [B, C, h, w], t, context [B, N, D]) -> [B, 4, h, w]; t is a number, or one per sample [B].
+    """unet(x [B, C, h, w], t, context [B, N, D], *told) -> [B, 4, h, w]; t is a number, or one per sample [B].
 
-    XL is also told the prompt as a whole, pooled [B, P], and sizes [B, 6]: height and width of the original picture, top and
-    left of the crop, height and width to draw. Podell et al. 2023, section 2.2.
+    What is `told` besides depends on the model; h and w are any.
+
+    XL: the prompt as a whole, pooled [B, P], and sizes [B, 6]: height and width of the original picture, top and left of the
+    crop, height and width to draw. Podell et al. 2023, section 2.2.
+    x4: how noisy the picture beside the latent is, noise_level, a whole number or one per sample [B].
     """
 
     def __init__(self, config: UNetConfig):
@@ -40,6 +45,7 @@ class UNet(nn.Module):
         widths, last = config.block_out_channels, len(config.block_out_channels) - 1
         heads = config.per_level(config.attention_head_dim)
         depths = config.per_level(config.transformer_layers_per_block)
+        crosses = config.per_level(config.only_cross_attention)
         unknown = {*config.down_block_types, *config.up_block_types} - ATTENDS.keys()
         if unknown:
             raise UserError(f"UNet2DConditionModel: block type {unknown.pop()} is not supported; {', '.join(ATTENDS)} are")
@@ -48,26 +54,30 @@ class UNet(nn.Module):
         def resnet(c_in: int, c_out: int) -> ResnetBlock:
             return ResnetBlock(c_in, c_out, config.norm_num_groups, config.norm_eps, time_width)
 
-        def transformers(count: int, level: int) -> list[Transformer]:
+        def transformers(count: int, level: int, cross: int) -> list[Transformer]:
             shape = widths[level], heads[level], config.cross_attention_dim, config.norm_num_groups, depths[level]
-            return [Transformer(*shape, config.use_linear_projection, config.upcast_attention) for _ in range(count)]
+            kind = config.use_linear_projection, config.upcast_attention, bool(cross)
+            return [Transformer(*shape, *kind) for _ in range(count)]
 
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(widths[0], time_width)
         if config.addition_embed_type == "text_time":
             self.add_embedding = TimestepEmbedding(config.projection_class_embeddings_input_dim, time_width)
+        if config.num_class_embeds:
+            self.class_embedding = nn.Embedding(config.num_class_embeds, time_width)
 
         self.down_blocks = nn.ModuleList()
         skips = [widths[0]]  # channels of the states that the way up will read
         for level, (width, kind) in enumerate(zip(widths, config.down_block_types, strict=True)):
             depth = config.layers_per_block
             resnets = [resnet(c_in, width) for c_in in [skips[-1]] + [width] * (depth - 1)]
-            attentions = transformers(depth * ATTENDS[kind], level)
+            attentions = transformers(depth * ATTENDS[kind], level, crosses[level])
             self.down_blocks.append(Block(resnets, attentions, Downsample(width) if level < last else None))
             skips += [width] * (depth + (level < last))
 
         width = widths[-1]
-        self.mid_block = Block([resnet(width, width), resnet(width, width)], transformers(1, last))
+        attentions = transformers(1, last, cross=config.only_cross_attention is True)
+        self.mid_block = Block([resnet(width, width), resnet(width, width)], attentions)
 
         self.up_blocks = nn.ModuleList()
         for level, kind in zip(range(last, -1, -1), config.up_block_types, strict=True):
@@ -75,20 +85,22 @@ class UNet(nn.Module):
             inputs = [width] + [widths[level]] * (depth - 1)
             width = widths[level]
             resnets = [resnet(c_in + skips.pop(), width) for c_in in inputs]
-            attentions = transformers(depth * ATTENDS[kind], level)
+            attentions = transformers(depth * ATTENDS[kind], level, crosses[level])
             self.up_blocks.append(Block(resnets, attentions, upsampler=Upsample(width) if level else None))
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, width, config.norm_eps)
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
 
-    def forward(
-        self, x: Tensor, t: Tensor | float, context: Tensor, pooled: Tensor | None = None, sizes: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor | float, context: Tensor, *told: Any) -> Tensor:
         t = torch.as_tensor(t, device=x.device).expand(len(x))
         time = self.time_embedding(ops.timestep_embedding(t, self.conv_in.out_channels).to(x.dtype))
-        if pooled is not None and sizes is not None:
-            told = ops.timestep_embedding(sizes.flatten(), self.config.addition_time_embed_dim).reshape(len(x), -1)
-            time = time + self.add_embedding(torch.cat([pooled, told.to(x.dtype)], dim=1))
+        if hasattr(self, "add_embedding"):
+            pooled, sizes = told
+            angles = ops.timestep_embedding(sizes.flatten(), self.config.addition_time_embed_dim).reshape(len(x), -1)
+            time = time + self.add_embedding(torch.cat([pooled, angles.to(x.dtype)], dim=1))
+        if hasattr(self, "class_embedding"):
+            (noise_level,) = told
+            time = time + self.class_embedding(torch.as_tensor(noise_level, device=x.device).expand(len(x)))
         x = self.conv_in(x)
         skips = [x]
         for block in self.down_blocks:

@@ -1,0 +1,125 @@
+"""What the pipelines share: the networks of one Stable Diffusion read, asked and saved. Rombach et al. 2022.
+
+Shapes: B pictures, N prompt tokens, D width of their encoding, C channels and h x w size of the latent.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from minibooth.checkpoint import lora as lora_files
+from minibooth.checkpoint.load import Source
+from minibooth.diffusion.noise import Generators
+from minibooth.diffusion.samplers import Predict, calls, trajectory
+from minibooth.diffusion.scheduler import DDPMScheduler
+from minibooth.errors import UserError
+from minibooth.models import lora
+from minibooth.models.clip import CLIPText
+from minibooth.models.unet import UNet
+from minibooth.models.vae import VAE
+
+Condition = tuple[Tensor, ...]  # what the UNet is told besides x and t, [B, ...] each; [1, ...] stands for any B
+
+
+class Pipeline:
+    """Networks in `dtype` on `device`. `release` frees a network's memory; `save` still writes it.
+
+    Raises UserError for a checkpoint whose parts do not fit together.
+    """
+
+    text_encoder: CLIPText
+    unet: UNet
+    vae: VAE
+    kind: ClassVar[str]  # what a user calls it, and the command that draws with it
+    command: ClassVar[str]
+    sampler = "ddim"
+    beside = 0  # channels that the UNet sees besides the latent
+    half_vae = True  # whether the VAE is left in fp16 where its configuration says that it overflows there
+
+    def __init__(self, source: Source, dtype: torch.dtype, device: torch.device | str, prediction_type: str | None = None):
+        self.source = source
+        for name in source.weights:
+            setattr(self, name, source.build(name, dtype, device))
+        self.factor = self.vae.factor  # picture pixels per latent pixel; known even when the VAE is gone
+        self.channels = self.vae.config.latent_channels
+        channels = self.unet.config.in_channels
+        if channels != self.channels + self.beside:
+            kind = "an inpainting model" if channels == 9 else f"not {self.kind}"
+            raise UserError(f"{source.name} is {kind}: its UNet takes {channels} channels")
+        if dtype == torch.float16 and self.vae.config.force_upcast and not self.half_vae:
+            self.vae.float()
+        schedule = source.json("scheduler/scheduler_config.json")
+        self.scheduler = DDPMScheduler.from_config(schedule | ({"prediction_type": prediction_type} if prediction_type else {}))
+        self.tokenizer = source.tokenizer()
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks that are still there, by the names of their folders."""
+        return {name: network for name in self.source.weights if (network := getattr(self, name)) is not None}
+
+    def save(self, path: str | Path) -> None:
+        """Write a folder in the diffusers layout, or an LDM single file if `path` ends in .safetensors (`Source.save`)."""
+        self.source.save(Path(path), self.networks)
+
+    def load_lora(self, path: str | Path, weight: float = 1.0, merge: bool = False) -> None:
+        """Add a LoRA, a file of diffusers' or kohya's or a folder with pytorch_lora_weights.safetensors, in strength `weight`.
+
+        Several add up. `merge` adds them into the weights for good, which draws faster and rounds them in half precision;
+        `save` writes the sum in any case. Raises UserError for what is no LoRA, or one for another base.
+        """
+        for name, adapters in lora_files.read(path, self.source, weight).items():
+            lora.attach(getattr(self, name), adapters)
+            if merge:
+                lora.merge(getattr(self, name))
+
+    def release(self, name: str) -> None:
+        """Give up a network once it has nothing left to do; `save` copies it from where it was read."""
+        setattr(self, name, None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the UNet is."""
+        return self.unet.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the UNet computes in."""
+        return self.unet.conv_in.weight.dtype
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor | Condition:
+        """The UNet's conditioning: context [B, N, D]."""
+        return self.text_encoder(self.tokenizer(prompts).to(self.device)).to(self.dtype)
+
+    def condition(self, prompts: Sequence[str]) -> Condition:
+        """`encode_prompts` as a tuple, whatever the model."""
+        encoded = self.encode_prompts(prompts)
+        return encoded if isinstance(encoded, tuple) else (encoded,)
+
+    def unconditional(self, negative_prompts: Sequence[str] | None) -> Condition:
+        """What guidance leads away from; the empty prompt where there are no others."""
+        return self.condition(negative_prompts or [""])
+
+    def guided(self, conditions: Sequence[Condition], guidance_scale: float) -> Predict:
+        """What the UNet predicts, led from the first of one or two conditions to the last. Ho & Salimans 2022, eq. 6."""
+        copies, rows = len(conditions), [torch.cat(parts) for parts in zip(*conditions, strict=True)]
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            outputs = self.unet(x.to(self.dtype).repeat(copies, 1, 1, 1), t.repeat(copies), *rows).chunk(copies)
+            return torch.lerp(outputs[0], outputs[-1], guidance_scale)
+
+        return predict
+
+    def denoise(self, predict: Predict, noise: Tensor, steps: int, sampler: str | None, generators: Generators) -> Tensor:
+        """From noise [B, C, h, w] to a latent, with a progress bar."""
+        sampler = sampler or self.sampler
+        states = trajectory(predict, noise.to(self.device, torch.float32), self.scheduler, steps, sampler, generators)
+        return deque(tqdm(states, total=calls(sampler, steps), leave=False, disable=None), maxlen=1).pop()
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """A latent as the UNet knows it -> pictures [B, 3, H, W] in about [-1, 1]."""
+        return self.vae.decode((latent / self.vae.scaling_factor).to(self.vae.post_quant_conv.weight.dtype))

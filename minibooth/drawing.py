@@ -1,0 +1,110 @@
+"""What the commands that draw share: flags, the pipeline these name, and PNGs with all that it takes to draw them again."""
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from minibooth import command
+from minibooth.diffusion import load
+from minibooth.diffusion.images import save_png
+from minibooth.diffusion.pipeline import Pipeline
+from minibooth.diffusion.samplers import SAMPLERS
+from minibooth.errors import UserError
+
+WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
+# The samplers as AUTOMATIC1111's web interface calls them, which reads a picture's settings from its "parameters".
+A1111 = {
+    "ddpm": "DDPM", "ddim": "DDIM", "pndm": "PLMS", "euler": "Euler", "euler_a": "Euler a", "dpmpp_2m": "DPM++ 2M",
+}  # fmt: skip
+
+
+def parser(
+    name: str,
+    description: str | None,
+    embedded: str,
+    steps: int,
+    guidance_scale: float,
+    output_dir: str = "pictures",
+    seed: int | None = None,
+) -> command.Parser:
+    """The shared flags of the command `name`, whose model is that in weights/`embedded` where none is named."""
+    parser = command.Parser(f"python -m minibooth.{name}", description)
+    add = parser.add_argument
+    add(
+        "--model",
+        default=str(WEIGHTS / embedded),
+        help="a folder in the diffusers layout, a single file, or owner/name on the hub [embedded model]",
+    )
+    command.lora_flags(parser)
+    add("--negative_prompt", default="", metavar="P", help="what to steer away from")
+    add(
+        "--output_dir",
+        type=Path,
+        default=Path(output_dir),
+        metavar="D",
+        help=f"where they go, beside those there [{output_dir}]",
+    )
+    first = "drawn by lot" if seed is None else seed
+    add("--seed", type=int, default=seed, metavar="S", help=f"of the first picture; each further one adds 1 [{first}]")
+    add("--steps", type=int, default=steps, help=f"of the sampler [{steps}]")
+    guidance = f"how strictly to follow the prompt; 1 turns it off [{guidance_scale}]"
+    add("--guidance_scale", type=float, default=guidance_scale, help=guidance)
+    add("--sampler", choices=[*SAMPLERS], help="[ddim; for XL euler]")
+    add("--dtype", choices=["fp32", "fp16", "bf16"], help="what the networks compute in [fp16 on cuda, otherwise fp32]")
+    add("--device", help="cuda, mps or cpu [the best there]")
+    add("--variant", help="of the weights' files, such as fp16")
+    add("--revision", help="of a model on the hub: branch, tag or commit")
+    add("--tokenizer", metavar="D", help="folder with CLIP's vocabulary, for a single file [tokenizer/ beside it, or the hub]")
+    add("--prediction_type", choices=["epsilon", "v_prediction"], help="overrules what the model's scheduler says")
+    return parser
+
+
+def open_model(flags: argparse.Namespace, wanted: type[Pipeline]) -> Any:
+    """The pipeline of --model with its LoRAs; --sampler becomes its own where none is named, and --output_dir is made."""
+    if Path(flags.model).parent == WEIGHTS and not Path(flags.model).is_dir():
+        raise UserError(f"the embedded model is not in {flags.model}; name another with --model")
+    pipe = open_other(flags, flags.model, wanted, prediction_type=flags.prediction_type, revision=flags.revision)
+    flags.sampler = flags.sampler or pipe.sampler
+    for lora, weight in command.loras(flags):
+        pipe.load_lora(lora, weight)
+    flags.output_dir.mkdir(parents=True, exist_ok=True)
+    return pipe
+
+
+def open_other(flags: argparse.Namespace, model: str, wanted: type[Pipeline], **how: Any) -> Any:
+    """A pipeline where and in what the flags say."""
+    device = command.device(flags.device)
+    dtype = command.DTYPES[flags.dtype or ("fp16" if device.type == "cuda" else "fp32")]
+    return load(model, dtype, device, flags.variant, tokenizer=flags.tokenizer, wanted=wanted, **how)
+
+
+def save(picture: Image.Image, folder: Path, prefix: str, metadata: dict[str, str]) -> None:
+    """Write a PNG under the first name after the last of those numbered there, 0007.png or grid-0002.png, and print it."""
+    names = (re.fullmatch(rf"{re.escape(prefix)}(\d+)\.png", path.name) for path in folder.iterdir())
+    path = folder / f"{prefix}{1 + max((int(name[1]) for name in names if name), default=-1):04d}.png"
+    save_png(picture, path, metadata)
+    print(path)
+
+
+def metadata(flags: argparse.Namespace, prompt: str, seed: int, size: tuple[int, int], **own: Any) -> dict[str, str]:
+    """What a picture was drawn from, twice: a chunk for each setting (`own`: of the command), and A1111's way, in one."""
+    a1111 = {
+        "Steps": flags.steps,
+        "Sampler": A1111[flags.sampler],
+        "CFG scale": flags.guidance_scale,
+        "Seed": seed,
+        "Size": f"{size[0]}x{size[1]}",
+        "Model": Path(flags.model).name,
+    }
+    negative = f"\nNegative prompt: {flags.negative_prompt}" if flags.negative_prompt else ""
+    loras = "".join(f" <lora:{Path(path).stem}:{weight:g}>" for path, weight in command.loras(flags))
+    parameters = f"{prompt}{loras}{negative}\n" + ", ".join(f"{key}: {value}" for key, value in a1111.items())
+    own |= dict(
+        prompt=prompt, negative_prompt=flags.negative_prompt, seed=seed, steps=flags.steps, sampler=flags.sampler,
+        guidance_scale=flags.guidance_scale, model=flags.model, software="minibooth",
+        **({"lora": loras.strip()} if loras else {}),
+    )  # fmt: skip
+    return {key: str(value) for key, value in own.items()} | {"parameters": parameters}

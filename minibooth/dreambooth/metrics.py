@@ -1,0 +1,131 @@
+"""The paper's measures: is it the subject, what the prompt says, the class as it was. Ruiz et al. 2022, sections 4.1 and 4.3.
+
+    DINO, CLIP-I   likeness(pictures of the subject's prompts, its real pictures); `ceiling` is what real pictures reach
+    CLIP-T         agreement(pictures, their prompts), the identifier included
+    PRES           likeness(pictures of the class prompt, the subject's real pictures), by DINO; low is good
+    DIV            diversity(pictures of one subject and prompt); high is good
+
+Each is a mean over pairs, which the paper's tables average over subjects and prompts. `Eyes` gives the embeddings.
+
+Shapes: A, B pictures, D width of an embedding, which need not be normalised.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from minibooth.checkpoint import files
+from minibooth.checkpoint.load import Component, Source, Uninitialised, snapshot
+from minibooth.errors import UserError
+from minibooth.models.config import CLIPConfig, ViTConfig
+from minibooth.models.tokenizer import Tokenizer
+from minibooth.models.vision import CLIP, LPIPS, VisionModel, from_vit, preprocessor
+
+ENCODERS = {"clip": Component(CLIP, CLIPConfig, "model"), "vit": Component(VisionModel, ViTConfig, "model")}  # by model_type
+PUBLISHED = {"clip": "openai/clip-vit-base-patch32@refs/pr/15", "dino": "facebook/dino-vits16@refs/pr/1"}
+BATCH = 32  # pictures that are looked at together
+UNUSED = re.compile(r"embeddings\.position_ids$|^pooler\.")  # a constant; what ViTs have on top and DINO does not use
+
+
+def cosines(a: Tensor, b: Tensor) -> Tensor:
+    """Of each row of a [A, D] with each of b [B, D]: [A, B], in fp32."""
+    return F.normalize(a.float(), dim=1) @ F.normalize(b.float(), dim=1).T
+
+
+def likeness(pictures: Tensor, real: Tensor) -> float:
+    """Mean cosine of pictures [A, D] with real ones [B, D], every one with every one."""
+    return cosines(pictures, real).mean().item()
+
+
+def ceiling(real: Tensor) -> float:
+    """Mean cosine of different real pictures [B, D], each pair once; nan for a single picture."""
+    rows, columns = torch.triu_indices(len(real), len(real), offset=1)
+    return cosines(real, real)[rows, columns].mean().item()
+
+
+def agreement(pictures: Tensor, prompts: Tensor) -> float:
+    """Mean cosine of each picture [B, P] with its prompt: [B, P], or [1, P] for all."""
+    return F.cosine_similarity(pictures.float(), prompts.float()).mean().item()
+
+
+@torch.no_grad()
+def diversity(pictures: Tensor, distance: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """Mean distance of different pictures [B, 3, H, W] in [-1, 1], each pair once; nan for a single picture."""
+    rows, columns = torch.triu_indices(len(pictures), len(pictures), offset=1)
+    return distance(pictures[rows], pictures[columns]).mean().item()
+
+
+class Eyes:
+    """A published CLIP or DINO: pictures, and with CLIP prompts, to embeddings [B, D], not normalised.
+
+    source: a folder with config.json, model.safetensors, preprocessor_config.json and, with CLIP, the vocabulary; or its name
+    on the hub, and after an @ the revision there. PUBLISHED are the paper's, of pull requests, since the main branches hold
+    but a pickle. The network is in `dtype` on `device`. `kind`: refuse any but this one of ENCODERS.
+    Raises UserError for what is missing, damaged or of another kind.
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        kind: str | None = None,
+    ):
+        folder = Path(source)
+        if not folder.is_dir():
+            name, _, revision = str(source).partition("@")
+            try:
+                folder = snapshot(name, ["*.json", "*.txt", "model*.safetensors"], revision or None)
+            except OSError as error:
+                raise UserError(f"{source} is no folder here, and could not be had from the hub ({error})") from None
+        config = files.read_json(folder / "config.json")
+        if (found := config.get("model_type")) not in ([kind] if kind else ENCODERS):
+            wanted = f"needed is {kind}" if kind else f"supported: {', '.join(ENCODERS)}"
+            raise UserError(f"{source} holds a model of type {found}; {wanted} (DINO is a vit)")
+        kind = str(found)
+        network, settings, stem = ENCODERS[kind]
+        tensors = files.weights_of(folder, stem)
+        weights = {name: tensors[name] for name in tensors if not UNUSED.search(name)}
+        try:
+            self.see = preprocessor(files.read_json(folder / "preprocessor_config.json"))
+            weights = from_vit(weights) if kind == "vit" else weights
+            self.network = _assemble(lambda: network(settings.from_dict(config)), weights, source, dtype, device)
+        except (TypeError, LookupError) as error:
+            raise UserError(f"{source} describes no encoder that is known here: {error}") from error
+        if kind == "clip":
+            small = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".json", ".txt")}
+            self.tokenizer = Tokenizer.from_files(small)
+
+    @torch.no_grad()
+    def images(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """RGB pictures of any sizes -> [B, D]."""
+        like = next(self.network.parameters())
+        batches = (pictures[start : start + BATCH] for start in range(0, len(pictures), BATCH))
+        return torch.cat([self.network(torch.stack([*map(self.see, batch)]).to(like)) for batch in batches])
+
+    @torch.no_grad()
+    def texts(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts -> [B, P]; CLIP's alone."""
+        return self.network.read(self.tokenizer(prompts).to(self.network.logit_scale.device))
+
+
+def open_lpips(path: str | Path, device: torch.device | str = "cpu") -> LPIPS:
+    """The distance that `diversity` takes, of a safetensors file (see LPIPS); in fp32."""
+    return _assemble(LPIPS, files.Tensors([Path(path)]), path, torch.float32, device)
+
+
+def _assemble(
+    make: Callable[[], Any], weights: Mapping[str, Tensor], name: str | Path, dtype: torch.dtype, device: torch.device | str
+) -> Any:
+    """A network with its weights, in eval mode. Raises UserError at the first name or shape that differs."""
+    with torch.device("meta"), Uninitialised():
+        network = make()
+    Source(str(name), {}, {"model": weights}).check("model", network)
+    network.load_state_dict({key: x.to(device, dtype) for key, x in weights.items()}, strict=True, assign=True)
+    return network.eval()

@@ -1,0 +1,119 @@
+"""The two steps of DreamBooth as the trainer sees them: what a picture's crop is, what the UNet is told of it, what is drawn.
+
+First the text-to-image model, then super-resolution on pairs of low and high resolution from the same pictures. Ruiz et al.
+2022, sections 3.1 and 3.4.
+
+Shapes: B batch, H x W = resolution x resolution, h x w latent size.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from minibooth.diffusion.images import to_image, to_tensor
+from minibooth.diffusion.pipeline import Condition, Pipeline
+from minibooth.diffusion.super_resolution import StableDiffusionUpscale
+from minibooth.diffusion.text_to_image import StableDiffusion
+from minibooth.dreambooth.data import INTERPOLATION, crop, open_picture
+from minibooth.dreambooth.settings import Settings
+from minibooth.errors import UserError
+
+VALIDATION: dict[str, Any] = {"steps": 25, "sampler": "dpmpp_2m"}
+
+
+class TextToImage:
+    """A picture is resized to the resolution; XL is told its sizes [B, 6]."""
+
+    name, use = "text_to_image", "generate"  # the value of --stage, and the command that draws
+    pipe: Any
+
+    def __init__(self, settings: Settings, pipe: StableDiffusion, pictures: Sequence[Path]):
+        self.settings, self.pipe, self.pictures = settings, pipe, pictures
+        if settings.stage not in (None, self.name):
+            raise UserError(f"{pipe.source.name} is {pipe.kind}: --stage {settings.stage} trains another")
+        self.check(pictures)
+
+    def check(self, pictures: Sequence[Path], drawn: int = 0) -> None:
+        """Raises UserError for a picture that is of no use, or where `drawn` of them cannot be drawn by the model."""
+
+    def cut(self, path: Path, place: torch.Generator) -> tuple[Tensor, Tensor]:
+        """One crop of a picture, [3, H, W] in [-1, 1], and what is to be known of it, [1, ...]."""
+        s = self.settings
+        square = crop(open_picture(path), s.resolution, s.center_crop, s.random_flip, place, s.image_interpolation_mode)
+        return square.pixels, torch.tensor([[*square.original_size, *square.top_left, s.resolution, s.resolution]])
+
+    def tell(self, known: Tensor, rng: torch.Generator) -> tuple[Tensor, ...]:
+        """From what is known of a crop, what the UNet is told of it at one step."""
+        return (known,)
+
+    def predict(self, x: Tensor, t: Tensor, condition: Condition, sizes: Tensor) -> Tensor:
+        """The UNet's answer to a batch."""
+        return self.pipe.unet(x, t, *self.pipe.told(condition, sizes))
+
+    def show(self, conditions: Sequence[Condition], unconditional: Condition, seeds: Sequence[int]) -> list[list[Image.Image]]:
+        """Rows of pictures for the validation prompts."""
+        side = self.settings.resolution
+        return [self.pipe.draw(each, unconditional, seeds, side, side, **VALIDATION) for each in conditions]
+
+
+class SuperResolution(TextToImage):
+    """A picture is cut at its full detail, and shrunk for the UNet to see, noised by a level drawn anew at each step.
+
+    LatentUpscaleDiffusion of Stability-AI/stablediffusion, which draws levels 0 to 349. DreamBooth lowers the noise, lest the
+    model learns to invent what the pictures show.
+    """
+
+    name, use = "super_resolution", "upscale --noise_level 0 --images ..."
+
+    def check(self, pictures: Sequence[Path], drawn: int = 0) -> None:
+        (low, high), most, side = self.settings.noise_levels, self.pipe.max_noise_level, self.settings.resolution
+        if not 0 <= low <= high <= most:
+            raise UserError(f"--noise_levels {low} {high}: give the lowest and the highest, from 0 to {most}")
+        if drawn:
+            remedy = f"put {drawn} more into --class_data_dir, or lower --num_class_images"
+            raise UserError(f"an upscaler cannot draw class pictures: {remedy}")
+        for path in pictures:
+            if min(size := open_picture(path).size) < side:
+                sizes = f"{size[0]} x {size[1]} pixels, and pairs of low and high resolution need {side} x {side}"
+                raise UserError(f"{path} has {sizes}: take a larger picture or a smaller --resolution")
+
+    def cut(self, path: Path, place: torch.Generator) -> tuple[Tensor, Tensor]:
+        """One crop [3, H, W] at full detail, and the same a quarter as large [1, 3, h, w], in [-1, 1]."""
+        s = self.settings
+        square = crop(open_picture(path), s.resolution, s.center_crop, s.random_flip, place, resize=False)
+        return square.pixels, to_tensor(self.shrink(to_image(square.pixels)))[None]
+
+    def shrink(self, picture: Image.Image) -> Image.Image:
+        """A quarter as wide and high, without aliasing."""
+        w, h = (side // self.pipe.factor for side in picture.size)
+        return picture.resize((w, h), INTERPOLATION[self.settings.image_interpolation_mode])
+
+    def tell(self, known: Tensor, rng: torch.Generator) -> tuple[Tensor, ...]:
+        """The small picture, noised, and by how much [1]."""
+        low, high = self.settings.noise_levels
+        level = torch.randint(low, high + 1, (1,), generator=rng)
+        noise = torch.randn(known.shape, generator=rng)
+        return self.pipe.low_res_scheduler.add_noise(known, noise, level), level
+
+    def predict(self, x: Tensor, t: Tensor, condition: Condition, *told: Tensor) -> Tensor:
+        low, level = told
+        return self.pipe.unet(torch.cat([x, low], dim=1), t, *condition, level)
+
+    def show(self, conditions: Sequence[Condition], unconditional: Condition, seeds: Sequence[int]) -> list[list[Image.Image]]:
+        """For the middle of each of the subject's pictures a row: what the model is shown, what it makes of it, the truth."""
+        rows, s = [], self.settings
+        for seed, path in zip(seeds, self.pictures, strict=False):
+            truth = to_image(crop(open_picture(path), s.resolution, True, False, torch.Generator(), resize=False).pixels)
+            low = self.shrink(truth)
+            drawn = self.pipe.draw(low, [unconditional, conditions[0]], seed, s.noise_levels[0], **VALIDATION)
+            rows.append([low.resize(truth.size, Image.Resampling.NEAREST), drawn, truth])
+        return rows
+
+
+def of(pipe: Pipeline) -> type[TextToImage]:
+    """The step that a model belongs to."""
+    return SuperResolution if isinstance(pipe, StableDiffusionUpscale) else TextToImage

@@ -1,0 +1,197 @@
+"""Measure a model as the DreamBooth paper does: draw its prompts, and compare with the subject's photographs.
+
+Ruiz et al. 2022, sections 4.1 to 4.3; `dreambooth/metrics.py` says what the figures mean. The output folder gets one for the
+subject, with a folder for each prompt (`dreambooth/prior.py`: what is there is not drawn again) and results.json. The table
+shows every subject in the output folder, so the paper's thirty are thirty runs into one, and the paper's own figures below.
+"""
+
+import argparse
+import functools
+import json
+import platform
+import re
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from minibooth import command, drawing
+from minibooth.checkpoint import files
+from minibooth.diffusion.images import to_tensor
+from minibooth.diffusion.text_to_image import StableDiffusion
+from minibooth.dreambooth.data import find_pictures, open_picture
+from minibooth.dreambooth.metrics import PUBLISHED, Eyes, agreement, ceiling, diversity, likeness, open_lpips
+from minibooth.dreambooth.prior import DRAWING, Drawings, draw, origin
+from minibooth.errors import UserError
+
+COLUMNS = ("DINO", "CLIP-I", "CLIP-T", "PRES", "DIV")
+PAPER = {  # tables 1 and 3: 30 subjects, 25 prompts, 4 pictures of each
+    "paper: real pictures": (0.774, 0.885),
+    "paper: DreamBooth, Imagen": (0.696, 0.812, 0.306),
+    "paper: DreamBooth, Stable Diffusion": (0.668, 0.803, 0.305),
+    "paper: Textual Inversion, Stable Diffusion": (0.569, 0.780, 0.255),
+    "paper: with prior preservation": (0.684, 0.815, 0.308, 0.493, 0.391),
+    "paper: without prior preservation": (0.712, 0.828, 0.306, 0.664, 0.371),
+}
+ENCODERS: dict[str, Callable[..., Any]] = {
+    "clip": functools.partial(Eyes, kind="clip"), "dino": functools.partial(Eyes, kind="vit"), "lpips": open_lpips,
+}  # fmt: skip
+EMBEDDED = {"clip": str(drawing.WEIGHTS / "tiny-clip"), "dino": "none"}  # PUBLISHED, for the embedded model
+
+# Prompts as the paper has them: 20 other places for a thing, or 10 and 10 outfits for somebody alive, and 5 other looks.
+PLACES = (
+    "in a desert", "in heavy rain", "on a park bench", "in front of a lighthouse", "on a kitchen table", "in an old library",
+    "on a railway platform", "at the foot of a waterfall", "on a rooftop at night", "in a field of lavender",
+)  # fmt: skip
+STANDS = (
+    "on a stack of books", "on a marble staircase", "in a shop window", "under a glass dome", "in a bathtub full of foam",
+    "on the hood of a yellow car", "next to a bowl of oranges", "half buried in sand", "on a velvet cushion",
+    "with the pyramids in the background",
+)  # fmt: skip
+OUTFITS = (
+    "wearing a straw hat", "wearing a green knitted sweater", "wearing headphones", "wearing a bow tie", "wearing ski goggles",
+    "with a garland of flowers", "in a suit of armour", "in an astronaut suit", "in a yellow raincoat", "dressed as a pirate",
+)  # fmt: skip
+LOOKS = ("a blue {0} {1}", "a golden {0} {1}", "a transparent {0} {1}", "a fluffy {0} {1}", "a {0} {1} made of wood")
+
+
+def parser() -> command.Parser:
+    """The command's flags."""
+    parser = drawing.parser("evaluate", __doc__, "tiny", 50, 7.5, output_dir="evaluation", seed=0)
+    add = parser.add_argument
+    add("--images", metavar="D", help="folder of the subject's photographs [those it was trained on, by run.json]")
+    add("--identifier", metavar="W", help="the word for the subject [by run.json, or sks]")
+    add("--class_noun", metavar="W", help="the word for its class [by run.json]")
+    add("--subject", metavar="NAME", help="its folder in the output folder [that of --images]")
+    add("--live", action="store_true", help="the subject is alive: prompts that dress it")
+    add("--prompts", type=Path, metavar="F", help="the published prompts_and_classes.txt, or one like it [prompts of our own]")
+    add("--num_images", type=int, default=4, metavar="N", help="pictures of each prompt [4]")
+    add("--num_class_images", type=int, default=25, metavar="N", help='pictures of "a CLASS_NOUN", for PRES [25]')
+    add("--resolution", type=int, metavar="N", help="side of the pictures [by run.json, or the model's own]")
+    add("--batch_size", type=int, default=4, help="pictures drawn at a time [4]")
+    for name in PUBLISHED:
+        add(f"--{name}", metavar="M", help=f"a folder, owner/name[@revision] on the hub, or none [{PUBLISHED[name]}]")
+    add("--lpips", default="none", metavar="F", help="safetensors file, for DIV; see models/vision.py [none]")
+    return parser
+
+
+def complete(flags: argparse.Namespace) -> None:
+    """Fill in what was not given, by the run.json that minibooth.train leaves beside a model or a LoRA.
+
+    The identifier is what the instance prompt has and the class prompt has not; the class noun follows it. Raises UserError
+    for what remains unknown, and for numbers that mean nothing.
+    """
+    places = [path if path.is_dir() else path.parent for path in map(Path, [*flags.lora, flags.model])]
+    runs = [files.read_json(place / "run.json") for place in places if (place / "run.json").is_file()]
+    said = runs[0].get("settings", {}) if runs else {}
+    prompt, known = said.get("instance_prompt") or "", (said.get("class_prompt") or "").split()
+    if flags.identifier is None:
+        flags.identifier = " ".join(word for word in prompt.split() if known and word not in known) or "sks"
+    flags.class_noun = flags.class_noun or prompt.partition(f"{flags.identifier} ")[2]
+    flags.images = flags.images or said.get("instance_data_dir")
+    flags.resolution = flags.resolution or said.get("resolution")
+    embedded = Path(said.get("pretrained_model_name_or_path") or flags.model).resolve().parent == drawing.WEIGHTS
+    for name, usual in (EMBEDDED if embedded and Path(EMBEDDED["clip"]).is_dir() else PUBLISHED).items():
+        setattr(flags, name, getattr(flags, name) or usual)
+    if not flags.images:
+        raise UserError("--images is missing: the folder of the subject's photographs")
+    if not flags.class_noun:
+        raise UserError(f"--class_noun is missing: what {flags.identifier!r} is, such as dog (see --identifier too)")
+    for name, least in {"num_images": 1, "batch_size": 1, "num_class_images": 0}.items():
+        if getattr(flags, name) < least:
+            raise UserError(f"--{name} starts at {least}")
+    flags.subject = flags.subject or Path(flags.images).resolve().name
+
+
+def prompts(flags: argparse.Namespace) -> list[str]:
+    """The subject's prompts: one of the file's two lists, or ours. Raises UserError for a file without them."""
+    found = [f"a {{0}} {{1}} {where}" for where in PLACES + (OUTFITS if flags.live else STANDS)] + [*LOOKS]
+    if flags.prompts:
+        if not flags.prompts.is_file():
+            raise UserError(f"--prompts {flags.prompts} is missing")
+        part = flags.prompts.read_text("utf-8", "replace").partition("Live Subject Prompts")[2 if flags.live else 0]
+        found = [line[2] for line in re.finditer(r"""^\s*(['"])(.*)\1\.format\(""", part, re.M)]
+    if not found:
+        what = "'a {0} {1} in the snow'.format(...), those for --live under the heading Live Subject Prompts"
+        raise UserError(f"--prompts {flags.prompts} has no {'live ' * flags.live}prompts; one a line is needed: {what}")
+    return [" ".join(each.replace("{0}", flags.identifier).replace("{1}", flags.class_noun).split()) for each in found]
+
+
+def encoder(flags: argparse.Namespace, name: str, make: Callable[[str], Any]) -> Any:
+    """What the flag of that name says; None for "none". Raises UserError for what cannot be had."""
+    try:
+        return None if getattr(flags, name) == "none" else make(getattr(flags, name))
+    except UserError as error:
+        raise UserError(f"--{name}: {error}; --{name} none leaves its figures out") from None
+
+
+def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The mean of each column that is in all rows."""
+    return {name: statistics.fmean(row[name] for row in rows) for name in COLUMNS if all(name in row for row in rows)}
+
+
+def measure(
+    real: Sequence[Image.Image], drawn: Sequence[Drawings], of_class: Drawings, clip: Eyes | None, dino: Eyes | None, lpips: Any
+) -> dict[str, Any]:
+    """The figures of a subject, of each of its prompts, and of its real pictures; those that lack an encoder are left out."""
+    eyes = {column: eye for column, eye in {"DINO": dino, "CLIP-I": clip}.items() if eye}
+    known = {column: eye.images(real) for column, eye in eyes.items()}
+    rows: list[dict[str, Any]] = []
+    for each in tqdm(drawn, desc="measuring", disable=None):
+        prompt, pictures = each.manifest["prompt"], [open_picture(path) for path in each.pictures]
+        seen = {column: eye.images(pictures) for column, eye in eyes.items()}
+        row = {column: likeness(x, known[column]) for column, x in seen.items()}
+        if clip:
+            row["CLIP-T"] = agreement(seen["CLIP-I"], clip.texts([prompt]))
+        if lpips and len(pictures) > 1:
+            device = next(lpips.parameters()).device
+            row["DIV"] = diversity(torch.stack([*map(to_tensor, pictures)]).to(device), lpips)
+        rows.append({"prompt": prompt, "folder": each.folder.name, **row})
+    figures = means(rows)
+    if dino and of_class.pictures:
+        figures["PRES"] = likeness(dino.images([*map(open_picture, of_class.pictures)]), known["DINO"])
+    ceilings = {column: ceiling(x) for column, x in known.items() if len(real) > 1}
+    return {"figures": figures, "real": ceilings, "prompts": rows}
+
+
+def table(folder: Path) -> str:
+    """Every subject whose results are in `folder`, their mean, and the paper."""
+    found = {path.parent.name: files.read_json(path) for path in sorted(folder.glob("*/results.json"))}
+    rows = {f"{name}, {len(x['prompts'])} x {x['settings']['num_images']} pictures": x["figures"] for name, x in found.items()}
+    if len(found) > 1:
+        rows[f"mean of {len(found)} subjects"] = means([*rows.values()])
+    rows["real pictures"] = means([x["real"] for x in found.values()])
+    rows |= {name: dict(zip(COLUMNS, values, strict=False)) for name, values in PAPER.items()}
+    cells = {name: [f"{row[column]:.3f}" if column in row else "-" for column in COLUMNS] for name, row in rows.items()}
+    width = max(map(len, rows))
+    return "\n".join(f"{name:{width}}" + "".join(f"{cell:>8}" for cell in row) for name, row in [("", COLUMNS), *cells.items()])
+
+
+def main(argv: Sequence[str]) -> None:
+    """Draw and measure as the command line says; what was drawn before is measured again."""
+    flags = parser().parse_args(command.normalise(argv))
+    complete(flags)
+    real, texts = [open_picture(path) for path in find_pictures(Path(flags.images))[0]], prompts(flags)
+    pipe = drawing.open_model(flags, StableDiffusion)
+    encoders = [encoder(flags, name, functools.partial(make, device=pipe.device)) for name, make in ENCODERS.items()]
+    how = {name: getattr(flags, name) for name in ("resolution", "negative_prompt", *DRAWING)}
+    how |= origin(pipe.source, {name: network.state_dict() for name, network in pipe.networks.items()}, pipe.dtype)
+    folder = flags.output_dir / flags.subject
+    drawn = [Drawings(folder, {"prompt": text} | how, flags.num_images, flags.seed) for text in texts]
+    of_class = Drawings(folder, {"prompt": f"a {flags.class_noun}"} | how, flags.num_class_images, flags.seed)
+    draw([*drawn, of_class], pipe, flags.batch_size, flags.subject)
+
+    results = {"subject": flags.subject, **measure(real, drawn, of_class, *encoders), "model": how}
+    results |= {"settings": vars(flags), "versions": {"python": platform.python_version(), "torch": torch.__version__}}
+    with files.replacing(folder / "results.json") as temporary:
+        temporary.write_text(json.dumps(results, indent=2, default=str) + "\n")
+    print(f"{table(flags.output_dir)}\n{folder / 'results.json'}")
+
+
+if __name__ == "__main__":
+    command.run(main, sys.argv)

@@ -1,0 +1,48 @@
+"""Make pictures four times as wide and high, with detail drawn under a prompt: PNGs numbered after the pictures' names."""
+
+import secrets
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from minibooth import command, drawing
+from minibooth.diffusion.super_resolution import TILE, StableDiffusionUpscale
+from minibooth.dreambooth.data import find_pictures, open_picture
+from minibooth.errors import UserError
+
+
+def parser() -> command.Parser:
+    """The command's flags."""
+    parser = drawing.parser("upscale", __doc__, "tiny-x4", steps=75, guidance_scale=9.0)
+    add = parser.add_argument
+    add("--images", nargs="+", required=True, type=Path, metavar="I", help="pictures of any size, or folders of such")
+    add("--prompt", nargs="+", default=[""], metavar="P", help="what they show: one for all, or one for each [nothing]")
+    add("--noise_level", type=int, default=20, help="0 to 350: how freely to draw [20]")
+    tile = f"larger pictures are drawn in overlapping parts of so many pixels a side, to save memory [{TILE}]"
+    add("--tile", type=int, default=TILE, help=tile)
+    return parser
+
+
+def main(argv: Sequence[str]) -> None:
+    """Enlarge as the command line says."""
+    flags = parser().parse_args(command.normalise(argv))
+    paths = [path for given in flags.images for path in (find_pictures(given)[0] if given.is_dir() else [given])]
+    for path in paths:
+        open_picture(path)  # rather now than after hours
+    if len(flags.prompt) not in (1, len(paths)):
+        raise UserError(f"--prompt has {len(flags.prompt)} for {len(paths)} pictures: give one, or one for each")
+    prompts = flags.prompt * (len(paths) if len(flags.prompt) == 1 else 1)
+    pipe = drawing.open_model(flags, StableDiffusionUpscale)
+    first = secrets.randbits(32) if flags.seed is None else flags.seed
+    names = ("noise_level", "steps", "guidance_scale", "sampler", "tile")
+    settings = {name: getattr(flags, name) for name in names}
+    for seed, (path, prompt) in enumerate(zip(paths, prompts, strict=True), start=first):
+        settings |= dict(negative_prompts=flags.negative_prompt, seed=seed)
+        (picture,) = pipe.generate(prompt, open_picture(path), **settings)
+        own = dict(images=path, noise_level=flags.noise_level, tile=flags.tile)
+        told = drawing.metadata(flags, prompt, seed, picture.size, **own)
+        drawing.save(picture, flags.output_dir, f"{path.stem}-", told)
+
+
+if __name__ == "__main__":
+    command.run(main, sys.argv)

@@ -1,0 +1,107 @@
+"""The embedded model truly draws: prompts show in its pictures, training teaches it the subject, saving keeps all of it."""
+
+import json
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from small_run import run, same_bits, train, trainer, weights
+
+import minibooth
+from minibooth.dreambooth.settings import Settings
+from minibooth.train import EMBEDDED, WEIGHTS, embedded
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return minibooth.load(WEIGHTS / "tiny")
+
+
+def levels(pictures) -> np.ndarray:
+    """Mean colour of each picture, [B, 3]."""
+    return np.stack([np.asarray(picture, float).mean((0, 1)) for picture in pictures])
+
+
+def settings(folder: Path, **changes) -> Settings:
+    """The default run, shortened."""
+    short = dict(max_train_steps=30, num_class_images=4, validation_prompt=None, output_dir=str(folder))
+    return Settings(**(EMBEDDED | short | changes))
+
+
+def test_places_and_colours_of_the_prompt_show(pipe):
+    def drawn(prompt):
+        return levels(pipe.generate([prompt] * 4, steps=12, guidance_scale=4.0, seed=3))
+
+    night, snow, desert = (drawn(f"a photo of a cat {place}") for place in ("at night", "in the snow", "in the desert"))
+    assert night.mean(1).max() + 40 < snow.mean(1).min()
+    assert (desert[:, 0] - desert[:, 2]).min() > 40 > (snow[:, 0] - snow[:, 2]).max()
+    red, blue = (drawn(f"a photo of a {colour} house in a meadow") for colour in ("red", "blue"))
+    assert red[:, 0].mean() > blue[:, 0].mean() + 5 and blue[:, 2].mean() > red[:, 2].mean() + 5
+
+
+def test_diffusers_opens_it_and_draws_the_same(pipe):
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(WEIGHTS / "tiny", local_files_only=True, dtype=torch.float32)
+    theirs.set_progress_bar_config(disable=True)
+    assert theirs.tokenizer.tokenize("a zwx robot") == ["a</w>", "zwx</w>", "robot</w>"]
+    seeds = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    prompts = ["a photo of a red robot on the beach", "a photo of a cup in a room"]
+    expected = theirs(prompts, num_inference_steps=10, guidance_scale=4.0, generator=seeds).images
+    got = pipe.generate(prompts, steps=10, guidance_scale=4.0, seed=5)
+    for one, other in zip(got, expected, strict=True):
+        assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 2
+
+
+def test_training_lowers_the_loss_on_the_subject_and_a_saved_pipeline_draws_the_same(tmp_path):
+    def fixed_loss(job):
+        with torch.no_grad():
+            return np.mean([job.losses(batch)["subject"].item() for batch in range(1000, 1008)])
+
+    job = trainer(
+        settings(tmp_path / "run", crops_per_image=0, validation_prompt="a photo of a zwx robot", num_validation_images=1)
+    )
+    job.prepare()
+    before = fixed_loss(job)
+    again = trainer(
+        settings(tmp_path / "again", crops_per_image=0, validation_prompt="a photo of a zwx robot", num_validation_images=1)
+    )
+    again.train()
+    assert fixed_loss(again) < 0.9 * before
+    condition, unconditional = (again.pipe.unet is not None) and again.validation[0][0], again.validation[1]
+    drawn = again.pipe.draw(condition, unconditional, [1], 64, 64, steps=8)
+    saved = minibooth.load(tmp_path / "again").generate("a photo of a zwx robot", steps=8, seed=1, height=64, width=64)
+    assert np.abs(np.asarray(drawn[0], int) - np.asarray(saved[0], int)).max() <= 8  # files are in fp16
+
+
+def test_it_resumes_to_the_same_bits(tmp_path):
+    whole = train(settings(tmp_path / "whole", max_train_steps=6))
+    part = settings(tmp_path / "part", max_train_steps=6, checkpointing_steps=3)
+    job = trainer(part)
+    job.train()
+    for name in ("checkpoint-6",):
+        for path in sorted((tmp_path / "part" / name).rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        (tmp_path / "part" / name).rmdir()
+    part.resume_from_checkpoint = "latest"
+    resumed = trainer(part)
+    assert resumed.start == 3
+    resumed.train()
+    assert same_bits(weights(whole), weights(tmp_path / "part"))
+
+
+def test_no_arguments_mean_the_embedded_run(tmp_path, capsys):
+    assert embedded(Settings()).pretrained_model_name_or_path == str(WEIGHTS / "tiny")
+    short = ["--max_train_steps=2", "--num_class_images=2", "--num_validation_images=1", f"--output_dir={tmp_path / 'out'}"]
+    assert run(["--device=cpu", *short]) == 0
+    assert (tmp_path / "out" / "samples" / "before-after.png").is_file()
+    told = json.loads((tmp_path / "out" / "run.json").read_text())["settings"]
+    assert told["instance_prompt"] == "a photo of a zwx robot" and told["with_prior_preservation"]
+    assert "python -m minibooth.generate --model" in capsys.readouterr().out
+
+
+def test_weights_stay_small():
+    sizes = {
+        path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in (WEIGHTS, WEIGHTS / "tiny")
+    }
+    assert sizes[WEIGHTS / "tiny"] <= 20e6 and sizes[WEIGHTS] <= 40e6

@@ -1,0 +1,153 @@
+"""Super-resolution trains by LatentUpscaleDiffusion's recipe on the pictures' own detail, in the same loop as text-to-image."""
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_run import metrics, only, photographs, run, same_bits, small, tiny, train, trainer, weights, with_class
+
+from minibooth.diffusion.images import to_tensor
+from minibooth.dreambooth import stages
+from minibooth.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def few_drawing_steps(monkeypatch):
+    monkeypatch.setitem(stages.VALIDATION, "steps", 2)
+
+
+@pytest.fixture
+def settings(x4, tmp_path):
+    """settings(**changes): a run of the x4 upscaler on crops of 32 pixels."""
+    return lambda **changes: small(tmp_path, x4, **(dict(resolution=32) | changes))
+
+
+def test_the_checkpoint_says_which_step_it_is(settings, tmp_path):
+    assert trainer(settings()).stage.name == "super_resolution"
+    assert trainer(small(tmp_path)).stage.name == "text_to_image"
+    with pytest.raises(UserError, match="--stage text_to_image"):
+        trainer(settings(stage="text_to_image"))
+    with pytest.raises(UserError, match="--stage super_resolution"):
+        trainer(small(tmp_path, stage="super_resolution"))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_pair_is_a_crop_at_full_detail_and_the_same_shrunk(flip, settings):
+    job = trainer(settings(random_flip=flip, crops_per_image=20))
+    whole = [to_tensor(Image.open(path)) for path in job.sets[0].pictures]
+    corners = set()
+    for number in range(20):
+        square, low = job.sets[0].cut(0, number)
+        assert square.shape == (3, 32, 32) and low.shape == (1, 3, 8, 8)
+        views = {
+            (y, x, mirrored): (part.flip(2) if mirrored else part)
+            for y in range(9) for x in range(17) for mirrored in (False, True)
+            for part in [whole[0][:, y : y + 32, x : x + 32]]
+        }  # fmt: skip
+        (corner,) = (where for where, view in views.items() if torch.equal(view, square))
+        corners.add(corner)
+        levels = ((square + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        small_one = Image.fromarray(levels).resize((8, 8), Image.Resampling.LANCZOS)
+        assert torch.equal(low[0], to_tensor(small_one))
+    assert len(corners) > 10 and {mirrored for *_, mirrored in corners} == ({False, True} if flip else {False})
+
+
+def test_levels_are_drawn_evenly_for_every_sample_and_0_is_nearly_clean(settings):
+    job = trainer(settings(noise_levels=(3, 7)))
+    low = torch.zeros(1, 3, 8, 8)
+    levels = [int(job.stage.tell(low, torch.Generator().manual_seed(i))[1]) for i in range(500)]
+    assert all(60 < levels.count(level) < 140 for level in range(3, 8)) and set(levels) == set(range(3, 8))
+    noised, level = trainer(settings()).stage.tell(low, torch.Generator().manual_seed(0))
+    assert level.tolist() == [0] and 0.005 < noised.std() < 0.015
+
+
+@pytest.mark.parametrize("prior", [False, True])
+def test_the_loss_is_that_of_the_published_recipe(prior, settings, x4, tmp_path):
+    changes = with_class(tmp_path) | dict(class_prompt="a dog") if prior else {}
+    job = trainer(settings(noise_levels=(0, 349), prior_loss_weight=0.7, **changes))
+    job.prepare()
+    theirs = diffusers.StableDiffusionUpscalePipeline.from_pretrained(x4, local_files_only=True)
+    betas = theirs.scheduler.config
+    schedule = diffusers.DDPMScheduler.from_config(betas, prediction_type="v_prediction")
+    samples = [job.sample(latents, n) for latents in job.sets for n in (2, 3)]
+    x0, noise, t, low, level = (torch.cat(column) for column in zip(*samples, strict=True))
+    assert len(level.unique()) > 1 and len(t.unique()) > 1
+    ids = theirs.tokenizer(job.prompts, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
+    with torch.no_grad():
+        context = theirs.text_encoder(ids)[0].repeat_interleave(2, dim=0)
+        seen = torch.cat([schedule.add_noise(x0, noise, t), low], dim=1)
+        answer = theirs.unet(seen, t, context, class_labels=level).sample
+        errors = (answer - schedule.get_velocity(x0, noise, t)).square().mean(dim=(1, 2, 3))
+        ours = job.losses(1)
+    subject, prior_loss = errors[:2].mean(), errors[2:].mean() if prior else torch.tensor(0.0)
+    assert ours["subject"].item() == pytest.approx(subject.item(), rel=1e-5)
+    assert ours["loss"].item() == pytest.approx((subject + 0.7 * prior_loss).item(), rel=1e-5)
+
+
+def test_the_small_picture_is_noised_by_its_own_schedule(settings, x4):
+    job = trainer(settings(noise_levels=(200, 200)))
+    low = torch.rand(1, 3, 8, 8) * 2 - 1
+    noised, level = job.stage.tell(low, torch.Generator().manual_seed(5))
+    theirs = diffusers.DDPMScheduler.from_pretrained(x4, subfolder="low_res_scheduler")
+    share = theirs.alphas_cumprod[level]
+    noise = (noised - share.sqrt() * low) / (1 - share).sqrt()
+    rng = torch.Generator().manual_seed(5)
+    torch.randint(200, 201, (1,), generator=rng)
+    torch.testing.assert_close(noise, torch.randn(low.shape, generator=rng), rtol=1e-4, atol=1e-4)
+
+
+def test_a_resumed_run_ends_in_the_same_bits(settings, tmp_path):
+    how = dict(noise_levels=(0, 349), checkpointing_steps=3)
+    whole = train(settings(output_dir=str(tmp_path / "whole"), **how))
+    part = settings(output_dir=str(tmp_path / "part"), max_train_steps=3, **how)
+    train(part)
+    (tmp_path / "part" / "model_index.json").unlink()
+    train(settings(output_dir=str(tmp_path / "part"), resume_from_checkpoint="latest", **how))
+    assert same_bits(weights(whole), weights(tmp_path / "part"))
+    assert metrics(whole) == metrics(tmp_path / "part")
+
+
+def test_grids_show_low_drawn_and_truth_before_and_after(settings, tmp_path):
+    folder = train(settings(validation_prompt="a photo of sks dog", num_validation_images=2))
+    sheet, both = (Image.open(folder / "samples" / f"{name}.png") for name in ("step-0", "before-after"))
+    assert sheet.size == (3 * 32 + 2 * 4, 2 * 32 + 4) and both.size == (2 * sheet.width + 4, sheet.height)
+    middle = Image.open(photographs(tmp_path / "photographs") / "0.png").crop((8, 4, 40, 36))
+    assert np.array_equal(np.asarray(sheet)[:32, 72:], np.asarray(middle))
+
+
+def test_both_steps_in_one_command(x4, tmp_path, capsys):
+    first = small(tmp_path, resolution=40, max_train_steps=2, upscaler=str(x4), validation_prompt="a photo of sks dog | a dog")
+    words = [f"--{name}={value}" for name, value in vars(first).items() if value not in (None, False, "", (0, 0))]
+    assert run(["--device=cpu", *words]) == 0
+    assert f"--upscaler {tmp_path / 'output' / 'upscaler'}" in capsys.readouterr().out
+    for folder, kind, before in (
+        (tmp_path / "output", diffusers.StableDiffusionPipeline, tiny()),
+        (tmp_path / "output" / "upscaler", diffusers.StableDiffusionUpscalePipeline, x4),
+    ):
+        kind.from_pretrained(folder, local_files_only=True)
+        assert not same_bits(only(weights(folder), "unet"), only(weights(before), "unet"))
+        assert same_bits(only(weights(folder), "vae"), only(weights(before), "vae"))
+        assert (folder / "samples" / "before-after.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (dict(resolution=48), r"0\.png has 48 x 40 pixels.*48 x 48.*--resolution"),
+        (dict(noise_levels=(7, 3)), "--noise_levels 7 3"),
+        (dict(noise_levels=(0, 351)), "from 0 to 350"),
+        (dict(with_prior_preservation=True, class_prompt="a dog", num_class_images=3), "put 3 more into --class_data_dir"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(changes, says, settings):
+    with pytest.raises(UserError, match=says):
+        trainer(settings(**changes))
+
+
+def test_an_upscaler_that_is_none_is_known_before_the_first_step(tmp_path, capsys):
+    settings = small(tmp_path, upscaler=str(tiny()))
+    words = [f"--{name}={value}" for name, value in vars(settings).items() if value not in (None, False, "", (0, 0))]
+    assert run(["--device=cpu", *words]) == 2
+    assert "--stage super_resolution" in capsys.readouterr().err
+    assert not (tmp_path / "output").exists()
