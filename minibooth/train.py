@@ -14,9 +14,8 @@ from minibooth.dreambooth.settings import Settings
 from minibooth.dreambooth.trainer import Trainer
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
-EMBEDDED: dict[
-    str, typing.Any
-] = {  # the run on the repository's own small model, where neither a model nor photographs are named
+# The run on the repository's own small model, where neither a model nor photographs are named.
+EMBEDDED: dict[str, typing.Any] = {
     "pretrained_model_name_or_path": str(WEIGHTS / "tiny"),
     "instance_data_dir": str(WEIGHTS / "subject" / "robot"),
     "instance_prompt": "a photo of a zwx robot",
@@ -25,10 +24,22 @@ EMBEDDED: dict[
     "num_class_images": 48,
     "sample_batch_size": 16,
     "resolution": 64,
-    "max_train_steps": 200,
-    "learning_rate": 1e-4,
+    "train_text_encoder": True,
+    "max_train_steps": 400,
+    "learning_rate": 3e-4,
+    "text_encoder_lr": 1e-3,
     "lr_warmup_steps": 0,
-    "validation_prompt": "a photo of a zwx robot in the snow | a photo of a zwx robot wearing a crown on the beach",
+    "validation_prompt": " | ".join(
+        f"a photo of a {words}"
+        for words in (
+            "zwx robot in the snow",
+            "zwx robot wearing a crown in the forest",
+            "zwx robot with a balloon at night",
+            "red zwx robot on the moon",
+        )
+    ),
+    "validation_guidance_scale": 4.0,
+    "validation_steps": 200,
     "seed": 0,
 }
 EPILOGUE = "The flags are those of diffusers' train_dreambooth.py, with its spelling (- and _ are alike) and its defaults."
@@ -60,7 +71,7 @@ def embedded(settings: Settings) -> Settings:
 
 
 def second(settings: Settings) -> Settings:
-    """The paper's second step, where --upscaler azwx for it: the same photographs, another model, no class pictures."""
+    """The paper's second step, where --upscaler asks for it: the same photographs, another model, no class pictures."""
     return dataclasses.replace(
         settings,
         pretrained_model_name_or_path=settings.upscaler, upscaler="", stage="super_resolution",

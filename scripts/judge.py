@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pretraining import psnr
 from torch import Tensor, nn
 from tqdm import tqdm
 from world import ACCESSORIES, CLASSES, COLOURS, PATTERNS, PLACES, SUBJECTS, Scene
@@ -161,8 +162,8 @@ def score(folder: Path, model: Path, count: int, steps: int, guidance: float) ->
     yield " | ".join([f"{'':15}", *(f"{name:>9}" for name in ATTRIBUTES)])
     for title, shares in rows.items():
         yield " | ".join([f"{title:15}", *(f"{share:9.1%}" for share in shares.values())])
-    psnr = -10 * (0.25 * (real - soft).square().mean(dim=(1, 2, 3))).log10().mean()
-    yield f"VAE: {psnr:.2f} dB PSNR over {count} held-out scenes; guidance {guidance:g}"
+    plain = torch.tensor([not scene.marks for scene in held_out])
+    yield f"VAE: {psnr(real[plain], soft[plain]):.2f} dB PSNR over {plain.sum()} held-out scenes; guidance {guidance:g}"
 
 
 def main() -> None:

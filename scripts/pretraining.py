@@ -89,7 +89,7 @@ class Training:
     beat operations spread over two cores by 40 %. Matrices learn by Muon (Jordan et al. 2024), which moves in every
     direction alike: the VAE reaches in 500 steps what it does not in 4,000 by Adam, to which light and dark are all.
     Vectors and embeddings learn by Adam at a tenth of the rate. The rate is constant and falls to zero over the last
-    fifth of the budget; with a larger budget it comes up again.
+    two thirds of the budget; with a larger budget it comes up again.
     """
 
     def __init__(self, path: Path, network: nn.Module, loss: Callable[..., Tensor], rate: float, minutes: float, threads: int):
@@ -155,7 +155,7 @@ class Training:
         shares = zip(*(x.to(self.device).chunk(self.shares) for x in batch), strict=True)
         losses, gradients = zip(*self.pool.map(self.gradients, shares), strict=True)
         self.clock += torch.tensor([1, len(batch[0]), 0])
-        rate = self.rate * max(0.0, min(1.0, self.clock[0].item() / 100, 5 * (1 - self.seconds / self.budget)))
+        rate = self.rate * max(0.0, min(1.0, self.clock[0].item() / 100, 1.5 * (1 - self.seconds / self.budget)))
         list(self.pool.map(self.update, self.parameters, zip(*gradients, strict=True), repeat(rate)))
         return sum(losses)
 

@@ -51,7 +51,7 @@ def test_the_whole_pipeline_arrives_with_its_card_and_nothing_else(hub, trained)
     assert repository == f"{hub.endpoint}/owner/sks-dog"
     push(trained, repository)
     arrived = hub.repositories["owner/sks-dog"]
-    private = (".unfinished", "checkpoint-1", "class", "run.json", "metrics.jsonl")
+    private = (".unfinished", "checkpoint-1", "class", "run.json", "metrics.jsonl", "report.html")
     assert all((folder / name).exists() for name in private)
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     assert arrived == {name: path.read_bytes() for name, path in files.items() if not name.startswith(private)}

@@ -11,7 +11,7 @@ from minibooth.checkpoint import files
 from minibooth.dreambooth.settings import Settings
 from minibooth.errors import UserError
 
-NOT_UPLOADED = [".*", "checkpoint-*", "class/*", "run.json", "metrics.jsonl"]
+NOT_UPLOADED = [".*", "*checkpoint-*", "class/*", "*run.json", "*metrics.jsonl", "*report.html"]
 CARD = """---
 library_name: diffusers
 {base}instance_prompt: {quoted_prompt}

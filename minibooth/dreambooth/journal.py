@@ -3,6 +3,7 @@
 run.json          all settings, versions, and the command that repeats the run
 metrics.jsonl     a line per step: step, loss, subject, prior, lr, seconds
 samples/          step-N.png, grids of the validation prompt from the same noise
+report.html       all that on one page, and the photographs
 checkpoint-N/     trained networks as they train (the layout of the final model) or a LoRA, optimizer.safetensors, state.json
 """
 

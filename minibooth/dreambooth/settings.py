@@ -95,6 +95,7 @@ class Settings:
     resume_from_checkpoint: str | None = flag(None, 'a checkpoint-N folder, or "latest"')
     validation_prompt: str | None = flag(None, "draw it (or several, with | between) as training goes: samples/step-N.png")
     num_validation_images: int = flag(4, "pictures of each grid")
+    validation_guidance_scale: float = flag(7.5, "how strictly its pictures follow the prompt")
     validation_steps: int = flag(100, "steps between grids")
     push_to_hub: bool = flag(False, "upload the result")
     hub_model_id: str | None = flag(None, "owner/name to upload to; the output folder's name")

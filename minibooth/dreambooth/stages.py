@@ -54,10 +54,15 @@ class TextToImage:
         """The UNet's answer to a batch."""
         return self.pipe.unet(x, t, *self.pipe.told(condition, sizes))
 
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """How the validation's pictures are drawn."""
+        return VALIDATION | {"guidance_scale": self.settings.validation_guidance_scale}
+
     def show(self, conditions: Sequence[Condition], unconditional: Condition, seeds: Sequence[int]) -> list[list[Image.Image]]:
         """Rows of pictures for the validation prompts."""
         side = self.settings.resolution
-        return [self.pipe.draw(each, unconditional, seeds, side, side, **VALIDATION) for each in conditions]
+        return [self.pipe.draw(each, unconditional, seeds, side, side, **self.drawing) for each in conditions]
 
 
 class SuperResolution(TextToImage):
@@ -109,7 +114,7 @@ class SuperResolution(TextToImage):
         for seed, path in zip(seeds, self.pictures, strict=False):
             truth = to_image(crop(open_picture(path), s.resolution, True, False, torch.Generator(), resize=False).pixels)
             low = self.shrink(truth)
-            drawn = self.pipe.draw(low, [unconditional, conditions[0]], seed, s.noise_levels[0], **VALIDATION)
+            drawn = self.pipe.draw(low, [unconditional, conditions[0]], seed, s.noise_levels[0], **self.drawing)
             rows.append([low.resize(truth.size, Image.Resampling.NEAREST), drawn, truth])
         return rows
 

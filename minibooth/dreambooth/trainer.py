@@ -31,7 +31,7 @@ from minibooth.diffusion import load
 from minibooth.diffusion.images import grid, save_png
 from minibooth.diffusion.noise import generator, seeded
 from minibooth.diffusion.text_to_image import Condition
-from minibooth.dreambooth import stages
+from minibooth.dreambooth import report, stages
 from minibooth.dreambooth.data import find_pictures
 from minibooth.dreambooth.identifier import doubts
 from minibooth.dreambooth.journal import Journal
@@ -170,6 +170,7 @@ class Trainer:
         journal.open(self.start)
         if not self.start:
             self.validate(0)
+        self.report()
         often = 0.1 if sys.stderr.isatty() else 10
         with (
             interrupts() as interrupted,
@@ -187,9 +188,11 @@ class Trainer:
                 bar.update()
                 if done % s.validation_steps == 0 or done == self.steps:
                     self.validate(done)
+                    self.report()
                 if done % s.checkpointing_steps == 0 or interrupted:
                     self.save_checkpoint(done)
                 if interrupted and done < self.steps:
+                    self.report()
                     raise KeyboardInterrupt(f"go on with the same command and --resume_from_checkpoint latest (step {done})")
         if s.rank:
             self.save_lora(journal.folder, f"{journal.folder.resolve().name}.safetensors")
@@ -274,6 +277,13 @@ class Trainer:
         before = path.with_name("step-0.png")
         if step == self.steps and before.exists():
             save_png(grid([Image.open(before), Image.open(path)], columns=2), path.with_name("before-after.png"), about)
+
+    def report(self) -> None:
+        """report.html as of now; a run does not end because its page cannot be written."""
+        try:
+            report.write(self.journal.folder)
+        except (OSError, ValueError) as error:
+            tqdm.write(f"report.html was not written: {error}", file=sys.stderr)
 
     def validation_conditions(self) -> tuple[list[Condition], Condition]:
         """The validation prompts, and what guidance leads away from, encoded."""

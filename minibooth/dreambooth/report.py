@@ -1,0 +1,192 @@
+"""report.html: a whole run on one page that needs no network, no script from elsewhere and no other file.
+
+Made anew from what lies in the output folder (run.json, metrics.jsonl, samples/) and the photographs, where they still are.
+"""
+
+import base64
+import contextlib
+import functools
+import io
+import json
+import math
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, fields
+from html import escape
+from pathlib import Path
+from statistics import fmean
+from string import Template
+
+from minibooth.checkpoint import files
+from minibooth.dreambooth.data import open_picture
+from minibooth.dreambooth.settings import Settings
+from minibooth.errors import UserError
+
+Points = Sequence[tuple[float, float]]  # step and value
+POINTS = 1000  # of a curve at most; in a longer run each is the mean of as many neighbouring ones as it takes
+LOSSES = ("subject", "prior")  # together on the first chart
+NOISY = {"loss", *LOSSES}  # a step's loss is mostly that of its timestep, drawn by lot: the running mean is what to look at
+FEW = 40  # points that are shown one by one
+GRID, PHOTOGRAPH, MOST = 1600, 480, 24  # longest sides in pixels; the number of photographs
+SHARE = 0.95  # of the rise of a column called similarity; what comes later costs the class more than it is worth
+PAGE = Template(r"""<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width">
+<title>$title</title><style>
+:root { color-scheme: light dark; --ground: #fbfaf7; --ink: #23221f; --quiet: #6b675f;
+  --rule: #e4e0d8; --c0: #b4481e; --c1: #1f6f78 }
+@media (prefers-color-scheme: dark) {
+  :root { --ground: #161614; --ink: #e6e3dc; --quiet: #a09c92; --rule: #32312d; --c0: #f0936a; --c1: #6fc3cb } }
+body { margin: 4rem auto; padding: 0 1.5rem; max-width: 45rem; background: var(--ground); color: var(--ink);
+  font: 1rem/1.6 system-ui, sans-serif; font-variant-numeric: tabular-nums }
+h1, h2 { font: 400 2.2rem/1.2 ui-serif, Georgia, serif; margin: 0 } h2 { font-size: 1.3rem; margin: 3.5rem 0 1rem }
+ul, figcaption, table, summary, p { font-size: .9rem; color: var(--quiet) } ul { list-style: none; padding: 0; margin: .8rem 0 }
+svg { display: block; width: 100%; overflow: visible } path { stroke: var(--rule) } .mark { stroke: var(--ink) }
+text { font-size: 11px; fill: var(--quiet); text-anchor: end } .step { text-anchor: middle } circle { fill: var(--c) }
+polyline { fill: none; stroke: var(--c); stroke-width: 2; stroke-linejoin: round } .faint { stroke-width: 1; opacity: .3 }
+.c0 { --c: var(--c0) } .c1 { --c: var(--c1) } figure { margin: 0 } figcaption span { font-weight: 600; color: var(--c) }
+.others { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1.5rem 1.25rem; margin: 1.5rem 0 }
+img { width: 100%; max-height: 85vh; object-fit: contain; border-radius: 6px } .real img { aspect-ratio: 1; object-fit: cover }
+.real { display: grid; grid-template-columns: repeat(auto-fill, minmax(7.5rem, 1fr)); gap: .6rem }
+.slider { display: flex; gap: 1rem; margin: .5rem 0 } input { flex: 1; accent-color: var(--c0) } output { min-width: 5ch }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; user-select: all; font: .85rem/1.6 ui-monospace, monospace;
+  padding: 1rem; border: 1px solid var(--rule); border-radius: 6px } [hidden] { display: none }
+table { border-collapse: collapse; width: 100%; table-layout: fixed } summary { cursor: pointer; margin: 1rem 0 }
+td { vertical-align: top; padding: .4rem .8rem .4rem 0; overflow-wrap: anywhere;
+  border-bottom: 1px solid var(--rule) } td:first-child { width: 38% } td:not(:last-child) { color: var(--ink) }
+</style><noscript><style>.grids [hidden] { display: block } .slider { display: none }</style></noscript></head><body><main>
+<h1>$title</h1><p>$facts</p>
+<section $no_grids><h2>What it draws, from the same noise each time</h2><div class=grids>$grids</div>
+<div class=slider>Step <output></output>
+<input type=range aria-label="Training step" min=0 max=$last value=$last autocomplete=off></div><ul>$prompts</ul></section>
+<section $no_real><h2>The photographs</h2><div class=real>$real</div></section>
+<section><h2>What it measured</h2>$losses<div class=others>$others</div>$stop</section>
+<section><h2>The run, to repeat it</h2><pre tabindex=0>$command</pre><table>$given</table>
+<details><summary>All other settings, as they are by default</summary><table>$usual</table></details></section></main><script>
+const slider = document.querySelector("input"), step = document.querySelector("output");
+(slider.oninput = () => document.querySelectorAll(".grids img").forEach((grid, i) => {
+  if (!(grid.hidden = i != slider.value)) slider.ariaValueText = step.value = grid.dataset.step }))()
+</script></body></html>
+""")
+
+
+def write(folder: Path) -> None:
+    """Write folder/report.html, whole or not at all; pictures that are gone are left out. Raises UserError without run.json."""
+    run, every = files.read_json(folder / "run.json"), columns(folder / "metrics.jsonl")
+    s, usual = run["settings"], json.loads(json.dumps(asdict(Settings())))
+    steps = max((points[-1][0] for points in every.values()), default=0)
+    minutes = sum(seconds for _, seconds in every.get("seconds", ())) / 60
+    numbered = ((re.fullmatch(r"step-(\d+)\.png", path.name), path) for path in folder.glob("samples/*"))
+    drawn = ((n, encoded(path, GRID)) for n, path in sorted((int(match[1]), path) for match, path in numbered if match))
+    grids = [f'<img src="{uri}" alt="Drawn at step {n}" data-step={n} hidden>' for n, uri in drawn if uri]
+    photographs = (encoded(path, PHOTOGRAPH) for path in sorted(Path(s["instance_data_dir"]).glob("[!.]*"))[:MOST])
+    real = [f'<img src="{uri}" alt="Photograph of the subject">' for uri in photographs if uri]
+    losses = {name: every[name] for name in LOSSES if any(loss for _, loss in every.get(name, ()))}  # no prior: all zeros
+    others = sorted(every.keys() - {*LOSSES}, key=lambda name: (len(every[name]), name))  # validation's first
+    stops = {name: stop_step(every[name]) for name in others if "similarity" in name and len(every[name]) > 1}
+    told = {f.name: f.metadata["help"] for f in fields(Settings)}
+    rows: tuple[list[str], list[str]] = ([], [])  # what was set, what was left
+    for name, value in s.items():
+        cells = name, value if isinstance(value, str) else json.dumps(value), told.get(name, "")
+        rows[name in usual and value == usual[name]].append(f"<tr>{tagged('td', cells)}</tr>\n")
+    words = ("\\\n  " * word.startswith("--") + shlex.quote(word) for word in shlex.split(run["command"]))
+    page = PAGE.substitute(
+        title=escape(s["instance_prompt"]), command=escape(" ".join(words)), real="\n".join(real),
+        facts=f"{steps} steps at {s['resolution']} px, learning rate {s['learning_rate']:g}, in {minutes:.1f} minutes",
+        given="".join(rows[False]), usual="".join(rows[True]), no_grids="hidden" * (not grids), no_real="hidden" * (not real),
+        grids="\n".join(grids), last=len(grids) - 1, prompts=tagged("li", (s["validation_prompt"] or "").split("|")),
+        losses=chart(losses, 720, 260) if losses else "",
+        others="".join(chart({name: every[name]}, 350, 150, stops.get(name)) for name in others),
+        stop=tagged("p", (f"By {name}, stop at step {n}: first at {SHARE:.0%} of its rise." for name, n in stops.items())),
+    )  # fmt: skip
+    with files.replacing(folder / "report.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def columns(path: Path) -> dict[str, list[tuple[float, float]]]:
+    """The points of every number in metrics.jsonl, which need not be on each line; a half-written line is passed over."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            for name, value in (values := json.loads(line)).items():
+                if name != "step" and isinstance(value, int | float) and math.isfinite(value):
+                    found.setdefault(name, []).append((values["step"], value))
+    return found
+
+
+def encoded(path: Path, side: int) -> str:
+    """A picture as a data URI, at most `side` pixels wide and high, without what a camera notes; "" where there is none."""
+    with contextlib.suppress(OSError, UserError):
+        return _encoded(path, side, path.stat().st_mtime_ns)
+    return ""
+
+
+@functools.lru_cache(1024)  # a run writes its page at every validation
+def _encoded(path: Path, side: int, written: int) -> str:
+    (picture := open_picture(path)).thumbnail((side, side))
+    picture.info.clear()
+    picture.save(jpeg := io.BytesIO(), "JPEG", quality=90, subsampling=0)
+    return f"data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}"
+
+
+def tagged(tag: str, texts: Iterable[str]) -> str:
+    """Each text, escaped, in an element of its own."""
+    return "".join(f"<{tag}>{escape(text)}</{tag}>" for text in texts)
+
+
+def stop_step(points: Points) -> float:
+    """The first step with SHARE of the rise from the first value to the highest."""
+    first, highest = points[0][1], max(value for _, value in points)
+    return next(step for step, value in points if value >= first + SHARE * (highest - first))
+
+
+def thinned(points: Points) -> Points:
+    """At most POINTS, each the mean of neighbouring ones."""
+    size = math.ceil(len(points) / POINTS)
+    groups = (zip(*points[start : start + size], strict=True) for start in range(0, len(points), size))
+    return [(fmean(steps), fmean(values)) for steps, values in groups]
+
+
+def smoothed(points: Points) -> Points:
+    """The running mean over a tenth of the curve, centred, narrower at the ends."""
+    reach, values = len(points) // 20, [value for _, value in points]
+    return [(step, fmean(values[max(0, i - reach) : i + reach + 1])) for i, (step, _) in enumerate(points)]
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Some four round numbers from low to high."""
+    wanted = (high - low or 1) / 4
+    power = 10.0 ** math.floor(math.log10(wanted))
+    step = min((power * factor for factor in (1, 2, 5, 10)), key=lambda step: abs(step - wanted))
+    return [step * k for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def chart(curves: Mapping[str, Points], width: int, height: int, mark: float | None = None) -> str:
+    """Curves by name over the steps: a figure with an SVG of width x height, in which `mark` is a step to point out."""
+    drawn = {name: thinned(points) for name, points in curves.items()}
+    steps, values = zip(*(point for points in drawn.values() for point in points), strict=True)
+    margin = (min(values) == max(values)) * (abs(values[0]) or 1)
+    left, right, low, high = min(steps), max(steps), min(values) - margin, max(values) + margin
+
+    def at(step: float, value: float) -> tuple[float, float]:
+        x, y = (step - left) / (right - left or 1), (high - value) / (high - low)
+        return round(46 + x * (width - 56), 1), round(8 + y * (height - 32), 1)
+
+    def line(points: Points, kind: str) -> str:
+        return f'<polyline class="{kind}" points="{" ".join("{},{}".format(*at(*point)) for point in points)}"/>'
+
+    levels, whole = ticks(low, high), [step for step in ticks(left, right) if step.is_integer()]
+    parts = [f'<path d="M46 {(y := at(left, z)[1])}H{width - 10}"/><text x="38" y="{y + 4:.1f}">{z:.3g}</text>' for z in levels]
+    parts += [f'<text class="step" x="{at(step, low)[0]}" y="{height - 4}">{step:.0f}</text>' for step in whole]
+    parts += [f'<path class="mark" d="M{at(mark, low)[0]} 8V{height - 24}"/>'] if mark is not None else []
+    caption = []
+    for i, (name, points) in enumerate(drawn.items()):
+        if len(points) > FEW and name in NOISY:
+            parts.append(line(points, f"c{i} faint"))
+            points = smoothed(points)
+        parts.append(line(points, f"c{i}"))
+        parts += [f'<circle class="c{i}" cx="{x}" cy="{y}" r="3"/>' for x, y in (at(*p) for p in points) if len(points) <= FEW]
+        caption.append(f'<span class="c{i}">{escape(name)}</span> {points[0][1]:.3g} \u2192 {points[-1][1]:.3g}')
+    svg = (
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(", ".join(drawn))} by step">{"".join(parts)}</svg>'
+    )
+    return f"<figure><figcaption>{' &ensp; '.join(caption)}</figcaption>{svg}</figure>\n"
