@@ -456,7 +456,7 @@ def test_what_training_leaves(tmp_path, capsys):
     assert run(flags(settings)) == 0
     output = Path(settings.output_dir)
     assert {path.name for path in output.iterdir()} == {
-        "pytorch_lora_weights.safetensors", "output.safetensors", "checkpoint-5", "metrics.jsonl", "run.json",
+        "pytorch_lora_weights.safetensors", "output.safetensors", "checkpoint-5", "metrics.jsonl", "run.json", "report.html",
     }  # fmt: skip
     kept = {"pytorch_lora_weights.safetensors", "kohya.safetensors", "optimizer.safetensors", "state.json"}
     assert {path.name for path in (output / "checkpoint-5").iterdir()} == kept
