@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from comparing import error, normals
 from PIL import Image
 
 import minibooth
@@ -90,16 +91,6 @@ def ours(folder, name):
 def theirs(folder, name):
     library, network = NETWORKS[name]
     return getattr(pytest.importorskip(library), network).from_pretrained(folder / name)
-
-
-def normals(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def error(left, right):
-    """Largest difference, in units of the largest value."""
-    assert left.shape == right.shape
-    return ((left - right).abs().max() / right.abs().max()).item()
 
 
 def inputs(folder):

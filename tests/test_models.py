@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from comparing import error, gradients, normals, worst_error
 from conftest import SD2, TEXT_ENCODER, UNET, VAE_CONFIG, randomise
 
 import minibooth
@@ -13,16 +14,6 @@ from minibooth.models.unet import UNet
 from minibooth.models.vae import VAE, Posterior
 
 PROMPTS = ["a photo of sks dog", "", "a cat! " * 60]
-
-
-def normals(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def error(ours, theirs):
-    """Largest difference, in units of the largest value."""
-    assert ours.shape == theirs.shape
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +61,8 @@ def test_unet_gives_the_numbers_of_diffusers(ours, theirs, context, batch, heigh
 
 def test_unet_gradients_are_those_of_diffusers(ours, theirs, context):
     x, t, target = normals(2, 4, 8, 24), torch.tensor([3, 801]), normals(2, 4, 8, 24, seed=1)
-    gradients = []
-    for predict, unet in ((ours.unet, ours.unet), (lambda *inputs: theirs.unet(*inputs).sample, theirs.unet)):
-        loss = (predict(x, t, context[:2]) - target).square().mean()
-        named = dict(unet.named_parameters())
-        gradients.append(dict(zip(named, torch.autograd.grad(loss, named.values()), strict=True)))
-    assert gradients[0].keys() == gradients[1].keys()
-    worst = max((error(gradients[0][name], gradients[1][name]), name) for name in gradients[0])
+    mine = gradients(ours.unet, ours.unet(x, t, context[:2]), target)
+    worst = worst_error(mine, gradients(theirs.unet, theirs.unet(x, t, context[:2]).sample, target))
     assert worst[0] <= 1e-4, worst
 
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from comparing import difference, error, gradients, normals, pixels, worst_error
 from PIL import Image
 from small_run import metrics, only, same_bits, small, train, trainer, weights, with_class
 
@@ -15,16 +16,6 @@ from minibooth.dreambooth import stages
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", "ignore::FutureWarning:diffusers")
 PROMPTS, NEGATIVES = ["a photo of sks dog", "a cat! " * 40], ["", "dog"]
 TEXTS = ("text_encoder", "text_encoder_2")
-
-
-def normals(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def error(ours, theirs):
-    """Largest difference, in units of the largest value."""
-    assert ours.shape == theirs.shape
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 @pytest.fixture(scope="module")
@@ -90,16 +81,9 @@ def test_unet_gradients_are_those_of_diffusers(ours, theirs, condition):
     x, t, target = normals(2, 4, 8, 12), torch.tensor([3, 801]), normals(2, 4, 8, 12, seed=1)
     context, pooled, sizes = condition
     added = {"text_embeds": pooled, "time_ids": sizes}
-    gradients = []
-    for predict, unet in (
-        (lambda: ours.unet(x, t, *condition), ours.unet),
-        (lambda: theirs.unet(x, t, context, added_cond_kwargs=added).sample, theirs.unet),
-    ):
-        named = dict(unet.named_parameters())
-        loss = (predict() - target).square().mean()
-        gradients.append(dict(zip(named, torch.autograd.grad(loss, named.values()), strict=True)))
-    assert gradients[0].keys() == gradients[1].keys()
-    worst = max((error(gradients[0][name], gradients[1][name]), name) for name in gradients[0])
+    mine = gradients(ours.unet, ours.unet(x, t, *condition), target)
+    output = theirs.unet(x, t, context, added_cond_kwargs=added).sample
+    worst = worst_error(mine, gradients(theirs.unet, output, target))
     assert worst[0] <= 1e-4, worst
 
 
@@ -112,18 +96,6 @@ def test_vae_gives_the_numbers_of_diffusers(ours, theirs):
 
 
 # ---- the reference's pictures
-
-
-def pixels(pictures):
-    return np.stack([np.asarray(picture, np.int16) for picture in pictures])
-
-
-def difference(left, right):
-    """In levels of 255, between pictures that show something."""
-    left, right = pixels(left), pixels(right)
-    assert left.shape == right.shape
-    assert left.std(axis=(1, 2, 3)).min() > 10
-    return np.abs(left - right).max()
 
 
 @pytest.mark.parametrize("negatives", [None, "", NEGATIVES], ids=["none", "empty", "given"])

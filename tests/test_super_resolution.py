@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from comparing import difference, error, gradients, normals, pixels, worst_error
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from single_files import assert_same_bits, folder, states, weights
@@ -24,33 +25,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", 
 PROMPTS, NEGATIVES = ["a photo of sks dog", "a cat"], ["", "dog"]
 
 
-def normals(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def error(ours, theirs):
-    """Largest difference, in units of the largest value."""
-    assert ours.shape == theirs.shape
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
-
-
 def picture(width, height, seed=0):
     """Smooth patches of colour, with some grain."""
     rng = np.random.default_rng(seed)
     patches = Image.fromarray(rng.integers(0, 256, (3, 4, 3), np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
     return Image.fromarray((np.asarray(patches) * 0.9 + rng.integers(0, 25, (height, width, 3))).astype(np.uint8))
-
-
-def pixels(pictures):
-    return np.stack([np.asarray(picture, np.int16) for picture in pictures])
-
-
-def difference(left, right):
-    """In levels of 255, between pictures that show something."""
-    left, right = pixels(left), pixels(right)
-    assert left.shape == right.shape
-    assert left.std(axis=(1, 2, 3)).min() > 10
-    return np.abs(left - right).max()
 
 
 @pytest.fixture(scope="module")
@@ -80,18 +59,9 @@ def test_prompts_are_encoded_as_diffusers_does(ours, theirs):
 def test_unet_and_its_gradients_are_those_of_diffusers(ours, theirs, height, width):
     x, t, level = normals(2, 7, height, width), torch.tensor([999, 17]), torch.tensor([20, 349])
     context, target = normals(2, 77, 32, seed=1), normals(2, 4, height, width, seed=2)
-    outputs, gradients = [], []
-    for predict, unet in (
-        (lambda: ours.unet(x, t, context, level), ours.unet),
-        (lambda: theirs.unet(x, t, context, class_labels=level).sample, theirs.unet),
-    ):
-        outputs.append(predict())
-        named = dict(unet.named_parameters())
-        loss = (outputs[-1] - target).square().mean()
-        gradients.append(dict(zip(named, torch.autograd.grad(loss, named.values()), strict=True)))
-    assert error(*outputs) <= 1e-5
-    assert gradients[0].keys() == gradients[1].keys()
-    worst = max((error(gradients[0][name], gradients[1][name]), name) for name in gradients[0])
+    mine, reference = ours.unet(x, t, context, level), theirs.unet(x, t, context, class_labels=level).sample
+    assert error(mine, reference) <= 1e-5
+    worst = worst_error(gradients(ours.unet, mine, target), gradients(theirs.unet, reference, target))
     assert worst[0] <= 1e-4, worst
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from comparing import difference, pixels
 
 import minibooth
 from minibooth.errors import UserError
@@ -15,18 +16,6 @@ SAMPLERS = {
     "euler": ("EulerDiscreteScheduler", {}),  # linspace, since the folders do not name a spacing
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
 }
-
-
-def pixels(pictures):
-    return np.stack([np.asarray(picture, np.int16) for picture in pictures])
-
-
-def difference(left, right):
-    """In levels of 255, between pictures that show something."""
-    left, right = pixels(left), pixels(right)
-    assert left.shape == right.shape
-    assert left.std(axis=(1, 2, 3)).min() > 10
-    return np.abs(left - right).max()
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from comparing import error
 from conftest import write_json
 from encoders import CLIP_SEES, DINO_SEES, by_formula, random_lpips, small_clip, small_dino
 from PIL import Image
@@ -37,12 +38,6 @@ LARGE = dict(
 def pictures(sizes=SIZES):
     draw = np.random.default_rng(0)
     return [Image.fromarray(draw.integers(0, 256, (high, wide, 3), dtype=np.uint8)) for wide, high in sizes]
-
-
-def error(ours, theirs):
-    """Largest difference, in units of the largest value."""
-    assert ours.shape == theirs.shape
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 def published(folder, change=None, drop=(), **settings):

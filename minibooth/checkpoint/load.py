@@ -214,7 +214,10 @@ class Source:
 
     def build(self, name: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Any:
         """The component's network with its weights, in eval mode. Raises UserError at the first name or shape that differs."""
-        network = self.skeleton(name)
+        return self.fill(name, self.skeleton(name), dtype, device)
+
+    def fill(self, name: str, network: nn.Module, dtype: torch.dtype, device: torch.device | str) -> Any:
+        """A network on meta with the component's weights, in eval mode. Raises UserError as `check` does."""
         self.check(name, network)
         state = {key: x.to(device, dtype) for key, x in self.weights[name].items()}
         network.load_state_dict(state, strict=True, assign=True)

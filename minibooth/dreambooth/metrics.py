@@ -126,6 +126,4 @@ def _assemble(
     """A network with its weights, in eval mode. Raises UserError at the first name or shape that differs."""
     with torch.device("meta"), Uninitialised():
         network = make()
-    Source(str(name), {}, {"model": weights}).check("model", network)
-    network.load_state_dict({key: x.to(device, dtype) for key, x in weights.items()}, strict=True, assign=True)
-    return network.eval()
+    return Source(str(name), {}, {"model": weights}).fill("model", network, dtype, device)
