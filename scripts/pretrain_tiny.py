@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from pretraining import Training, export, psnr, start_at_zero, to_batch
+from pretraining import Training, averages, export, noised, psnr, start_at_zero, to_batch
 from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
@@ -231,9 +231,8 @@ def trained_vae(work: Path) -> VAE:
     """The VAE so far: its averaged weights, the decoder's from its own stage if it has begun, and the measured factor."""
     scale = round(load_file(work / "latents.safetensors")["scale"].item(), 5)
     vae = VAE(VAEConfig.from_dict(CONFIGS["vae"] | {"scaling_factor": scale}))
-    found = [load_file(path) for path in (work / "vae.safetensors", work / "decoder.safetensors") if path.exists()]
-    weights = {name.removeprefix("average."): x for each in found for name, x in each.items() if name.startswith("average.")}
-    vae.load_state_dict(weights)
+    decoder = work / "decoder.safetensors"
+    vae.load_state_dict(averages(work / "vae.safetensors") | (averages(decoder) if decoder.exists() else {}))
     return vae
 
 
@@ -276,11 +275,8 @@ def train_generator(args: argparse.Namespace, scenes: list[Scene], tokens: dict[
         words = ["" if rng.random() < 0.1 else scenes[i].caption(rng) for i in which]
         mean, std = (latents[key][which].float() * scale for key in ("mean", "std"))
         x0 = mean + std * torch.randn(mean.shape, generator=noise)
-        t = ((torch.arange(batch) + torch.rand(batch, generator=noise)) * (1000 / batch)).long()  # spread evenly
-        eps = torch.randn(mean.shape, generator=noise)
-        snr = scheduler.snr(t)
-        weight = (snr.clamp(max=5) + 1) / (snr + 1)  # min-SNR's limit on the last, easy details; the rest counts alike
-        return scheduler.add_noise(x0, eps, t), t, tokenizer(words), scheduler.target(x0, eps, t), weight
+        x, t, target, weight = noised(scheduler, x0, noise)
+        return x, t, tokenizer(words), target, weight
 
     def show() -> None:
         export(args.out, INDEX, CONFIGS, {**training.average, "vae": vae}, tokens)

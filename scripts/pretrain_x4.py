@@ -21,7 +21,7 @@ import pretrain_tiny as tiny
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from pretraining import Training, export, psnr, start_at_zero, to_batch
+from pretraining import Training, averages, export, noised, psnr, start_at_zero, to_batch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from world import Scene
@@ -113,8 +113,7 @@ def prepare(args: argparse.Namespace, images: np.ndarray, scenes: list[Scene], t
 def tiny_networks(args: argparse.Namespace, tokens: dict[str, bytes]) -> nn.ModuleDict:
     """UNet and text encoder of the tiny model."""
     networks = tiny.new_generator(len(tiny.json.loads(tokens["vocab.json"])))
-    state = load_file(args.tiny / "generator.safetensors")
-    networks.load_state_dict({name[8:]: x for name, x in state.items() if name.startswith("average.")})
+    networks.load_state_dict(averages(args.tiny / "generator.safetensors"))
     return networks
 
 
@@ -134,8 +133,7 @@ def train_unet(args: argparse.Namespace, images: np.ndarray, scenes: list[Scene]
     training = Training(args.work / "unet.safetensors", unet, unet_loss, 0.02, args.minutes, args.threads)
     scale, small = known["scale"].item(), to_batch(shrunk(images))
     vae = VAE(VAEConfig.from_dict(CONFIGS["vae"]))
-    state = load_file(args.work / "vae.safetensors")
-    vae.load_state_dict({name[8:]: x for name, x in state.items() if name.startswith("average.")})
+    vae.load_state_dict(averages(args.work / "vae.safetensors"))
     rescale(vae, scale / vae.scaling_factor)
     parts = {"vae": vae, "unet": training.average, "text_encoder": tiny_networks(args, tokens)["text_encoder"]}
     batch, side = 32, 24
@@ -152,12 +150,8 @@ def train_unet(args: argparse.Namespace, images: np.ndarray, scenes: list[Scene]
         level = torch.from_numpy(rng.integers(LEVELS, size=batch))
         low = low_res.add_noise(low, torch.randn(low.shape, generator=noise), level)
         x0 = scale * (mean + std * torch.randn(mean.shape, generator=noise))
-        t = ((torch.arange(batch) + torch.rand(batch, generator=noise)) * (1000 / batch)).long()
-        eps = torch.randn(x0.shape, generator=noise)
-        snr = scheduler.snr(t)
-        weight = (snr.clamp(max=5) + 1) / (snr + 1)
-        x = torch.cat([scheduler.add_noise(x0, eps, t), low], dim=1)
-        return x, t, known["context"][told].float(), level, scheduler.target(x0, eps, t), weight
+        x, t, target, weight = noised(scheduler, x0, noise)
+        return torch.cat([x, low], dim=1), t, known["context"][told].float(), level, target, weight
 
     def show() -> None:
         export(args.out, INDEX, CONFIGS, parts, tokens)

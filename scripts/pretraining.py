@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minibooth.checkpoint import files
+from minibooth.diffusion.scheduler import DDPMScheduler
 from minibooth.models.tokenizer import END, START
 
 CLASSES = {
@@ -36,6 +37,20 @@ def to_batch(images: np.ndarray) -> Tensor:
 def psnr(x: Tensor, y: Tensor) -> float:
     """Mean peak signal-to-noise ratio of pictures [B, 3, H, W] in [-1, 1], dB."""
     return (-10 * (0.25 * (x - y).square().mean(dim=(1, 2, 3))).log10()).mean().item()
+
+
+def averages(path: Path) -> dict[str, Tensor]:
+    """The averaged weights of a training's file."""
+    return {name.removeprefix("average."): x for name, x in load_file(path).items() if name.startswith("average.")}
+
+
+def noised(scheduler: DDPMScheduler, x0: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Latents [B, ...] at timesteps spread evenly over the schedule: x_t, t, the target, and the weights of the errors [B]."""
+    t = ((torch.arange(len(x0)) + torch.rand(len(x0), generator=noise)) * (1000 / len(x0))).long()
+    eps = torch.randn(x0.shape, generator=noise)
+    snr = scheduler.snr(t)
+    weight = (snr.clamp(max=5) + 1) / (snr + 1)  # min-SNR's limit on the last, easy details; the rest counts alike
+    return scheduler.add_noise(x0, eps, t), t, scheduler.target(x0, eps, t), weight
 
 
 def export(
