@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from pretraining import Training, averages, export, noised, psnr, start_at_zero, to_batch
+from pretraining import Training, averages, export, noised, psnr, start_at_zero, to_batch, weighted
 from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
@@ -251,8 +251,7 @@ def new_generator(vocabulary: int) -> nn.ModuleDict:
 
 def generator_loss(networks: nn.ModuleDict, x: Tensor, t: Tensor, ids: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """The weighted squared error of the predicted velocity."""
-    prediction = networks["unet"](x, t, networks["text_encoder"](ids))
-    return (weight * F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3))).mean()
+    return weighted(networks["unet"](x, t, networks["text_encoder"](ids)), target, weight)
 
 
 def train_generator(args: argparse.Namespace, scenes: list[Scene], tokens: dict[str, bytes]) -> None:
@@ -272,11 +271,12 @@ def train_generator(args: argparse.Namespace, scenes: list[Scene], tokens: dict[
     def draw(step: int) -> tuple[Tensor, ...]:
         rng, noise = np.random.default_rng([SEED, 2, step]), generator(SEED, "generator", step)
         which = rng.integers(len(scenes) - HELD_OUT, size=batch)
-        words = ["" if rng.random() < 0.1 else scenes[i].caption(rng) for i in which]
+        words = ["" if rng.random() < 0.1 else scenes[i].caption(rng if rng.random() < 0.7 else None) for i in which]
         mean, std = (latents[key][which].float() * scale for key in ("mean", "std"))
         x0 = mean + std * torch.randn(mean.shape, generator=noise)
         x, t, target, weight = noised(scheduler, x0, noise)
-        return x, t, tokenizer(words), target, weight
+        emphasis = torch.from_numpy(np.stack([scenes[i].emphasis(x.shape[-1]) for i in which]))
+        return x, t, tokenizer(words), target, weight * emphasis[:, None]
 
     def show() -> None:
         export(args.out, INDEX, CONFIGS, {**training.average, "vae": vae}, tokens)

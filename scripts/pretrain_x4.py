@@ -19,9 +19,8 @@ from pathlib import Path
 import numpy as np
 import pretrain_tiny as tiny
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from pretraining import Training, averages, export, noised, psnr, start_at_zero, to_batch
+from pretraining import Training, averages, export, noised, psnr, start_at_zero, to_batch, weighted
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from world import Scene
@@ -119,8 +118,7 @@ def tiny_networks(args: argparse.Namespace, tokens: dict[str, bytes]) -> nn.Modu
 
 def unet_loss(unet: UNet, x: Tensor, t: Tensor, context: Tensor, level: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """The weighted squared error of the predicted velocity."""
-    prediction = unet(x, t, context, level)
-    return (weight * F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3))).mean()
+    return weighted(unet(x, t, context, level), target, weight)
 
 
 def train_unet(args: argparse.Namespace, images: np.ndarray, scenes: list[Scene], tokens: dict[str, bytes]) -> None:

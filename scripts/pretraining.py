@@ -45,12 +45,17 @@ def averages(path: Path) -> dict[str, Tensor]:
 
 
 def noised(scheduler: DDPMScheduler, x0: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Latents [B, ...] at timesteps spread evenly over the schedule: x_t, t, the target, and the weights of the errors [B]."""
+    """Latents [B, Z, h, w] at timesteps spread evenly over the schedule: x_t, t, target, weights [B, 1, 1, 1]."""
     t = ((torch.arange(len(x0)) + torch.rand(len(x0), generator=noise)) * (1000 / len(x0))).long()
     eps = torch.randn(x0.shape, generator=noise)
     snr = scheduler.snr(t)
     weight = (snr.clamp(max=5) + 1) / (snr + 1)  # min-SNR's limit on the last, easy details; the rest counts alike
-    return scheduler.add_noise(x0, eps, t), t, scheduler.target(x0, eps, t), weight
+    return scheduler.add_noise(x0, eps, t), t, scheduler.target(x0, eps, t), weight[:, None, None, None]
+
+
+def weighted(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """The weighted mean squared error."""
+    return (weight * (prediction.float() - target).square()).mean()
 
 
 def export(

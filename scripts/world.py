@@ -921,6 +921,14 @@ ACCESSORIES: dict[str, Accessory] = {
     "balloon": Accessory("with a balloon", "hand", BALLOON),
 }
 
+WORN = {  # the room that accessories take at their anchors, and the subject itself, as high as its frame
+    "head": (-0.6, -0.3, 0.6, 0.8),
+    "eyes": (-0.6, -0.4, 0.6, 0.4),
+    "neck": (-0.6, -0.5, 0.6, 0.5),
+    "hand": (-0.3, 0.3, 0.1, 0.7),
+    "feet": (-0.55, 0.0, 0.55, 1.0),
+}
+
 # --- subjects: marks that no word of the captions names --------------------------------------------------------------
 
 
@@ -1066,15 +1074,32 @@ class Scene:
             words.append(PLACES[self.place].words)
         return " ".join(["a photo of" if rng is None or rng.random() < 0.8 else "a picture of", *words])
 
+    def _boxes(self, size: int, reach: dict[str, tuple[float, float, float, float]]) -> np.ndarray:
+        """Corners [anchors, 4, 2], in pixels, of boxes (left, bottom, right, top) in units of these anchors."""
+        pen, anchors = Pen(size), {"feet": (0.0, 0.0, 1.0)} | self._anchors()
+
+        def corners(name: str, left: float, bottom: float, right: float, top: float) -> np.ndarray:
+            x, y, unit = anchors[name][:3]
+            return pen.put(unit * np.array([(left, bottom), (left, top), (right, top), (right, bottom)]) + (x, y))
+
+        with self._frame(pen):
+            return np.stack([corners(name, *box) for name, box in reach.items()])
+
     def mark_box(self, size: int = 64) -> tuple[int, int, int, int]:
         """(left, top, right, bottom) of the subject's badge and odd part, in pixels of a picture of that size."""
-        pen, anchors = Pen(size), self._anchors()
-        square = 1.25 * np.array([(-1, -1), (-1, 1), (1, 1), (1, -1)])
-        with self._frame(pen):
-            pixels = pen.put(np.concatenate([square * r + (x, y) for x, y, r in (anchors["chest"], anchors["tip"])]))
+        pixels = self._boxes(size, dict.fromkeys(("chest", "tip"), (-1.25, -1.25, 1.25, 1.25))).reshape(-1, 2)
         left, top = np.floor(pixels.min(0)).clip(0, size).astype(int).tolist()
         right, bottom = np.ceil(pixels.max(0)).clip(0, size).astype(int).tolist()
         return left, top, right, bottom
+
+    def emphasis(self, size: int) -> np.ndarray:
+        """[size, size] of mean 1, larger on the subject and where things are worn: what a caption says is seen there."""
+        weight = np.ones((size, size), np.float32)
+        for corners in self._boxes(size, WORN):
+            left, top = corners.min(0).round().clip(0, size).astype(int)
+            right, bottom = corners.max(0).round().clip(0, size).astype(int)
+            weight[top:bottom, left:right] += 2
+        return weight / weight.mean()
 
 
 def subject_scene(name: str, rng: Rng, **fixed: object) -> Scene:
