@@ -17,7 +17,7 @@ def commands() -> Iterator[tuple[str, str]]:
 def main() -> None:
     print("DreamBooth for Stable Diffusion. Each command explains its flags with --help.\n")
     for name, line in commands():
-        print(f"  python -m minibooth.{name:<10}{line}")
+        print(f"  python -m minibooth.{name:<12}{line}")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
     pictures = []
     for start in range(0, len(prompts), flags.batch_size):
         batch = prompts[start : start + flags.batch_size]
-        drawn = pipe.generate(batch, flags.negative_prompt, seed=seed + start, **settings)
+        drawn = pipe.generate(batch, flags.negative_prompt or None, seed=seed + start, **settings)
         more |= dict(width=drawn[0].width, height=drawn[0].height)
         if upscaler:
             how = dict(negative_prompts=flags.negative_prompt, steps=flags.steps, seed=seed + start)

@@ -1,0 +1,124 @@
+"""What tuning super-resolution brings: the detail of the subject's marks, as the paper's second step is to keep it.
+
+    python scripts/detail.py --judge DIR --out DIR
+
+Ruiz et al. 2022, section 4.3 and figure 10: the upscaler as it was, tuned at the noise it was pretrained with, and tuned with
+less. New scenes of every subject, drawn at 256 pixels, are shrunk to 64 and brought back; over the region of the subject's
+badge and odd part, against what was drawn:
+
+    PSNR       in dB (high is good)
+    distance   between the judge's features, of unit length at every place, as LPIPS takes them (low is good)
+
+each where the small picture is shown clean and where it is noised by level 20, the model's default. To OUT go table.md and
+detail.png: a row for each subject, columns as the rows of the table, and last the truth.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+
+import judge as judges
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from pretrain_x4 import shrunk
+from pretraining import psnr
+from torch import Tensor, nn
+from world import SUBJECTS, Scene, subject_scene
+
+import minibooth
+from minibooth.diffusion.images import grid, to_tensor
+from minibooth.dreambooth.settings import Settings
+from minibooth.dreambooth.trainer import Trainer
+from minibooth.train import EMBEDDED_UPSCALER, WEIGHTS
+
+SIZE, LEVELS, SEED = 256, (0, 20), 7
+VARIANTS: dict[str, dict | None] = {  # what differs from the default run's second step; None: not tuned
+    "untuned": None,
+    "tuned, normal noise": {"noise_levels": (0, 349)},
+    "tuned, low noise": {"noise_levels": (0, 0)},
+}
+DRAWING = {"steps": 25, "guidance_scale": 1.0, "sampler": "dpmpp_2m", "seed": 0}
+
+
+def train(folder: Path, name: str, changes: dict) -> None:
+    """The default run's second step on a subject, with `changes`."""
+    own = {"instance_data_dir": str(WEIGHTS / "subject" / name), "output_dir": str(folder), "seed": SEED}
+    words = {"instance_prompt": prompt(name), "validation_prompt": None}
+    Trainer(Settings(**(EMBEDDED_UPSCALER | own | words | changes)), torch.device("cpu"), torch.float32, torch.float32).train()
+
+
+def prompt(name: str) -> str:
+    """What the upscaler is told of the subject."""
+    return f"a photo of a zwx {SUBJECTS[name].kind}"
+
+
+def distance(layers: nn.Sequential, x: Tensor, y: Tensor) -> float:
+    """Mean squared difference of normalised features of pictures [1, 3, H, W], over the layers. Zhang et al. 2018, eq. 1."""
+    total = []
+    for layer in layers:
+        x, y = layer(x), layer(y)
+        if isinstance(layer, nn.ReLU):
+            total.append((F.normalize(x, dim=1) - F.normalize(y, dim=1)).square().sum(1).mean().item())
+    return mean(total)
+
+
+def enlarged(out: Path, variant: str, name: str, low: Sequence[Image.Image], level: int) -> list[Image.Image]:
+    """The small pictures, four times as large, by one of VARIANTS; trained first, if that has not been done."""
+    changes, folder = VARIANTS[variant], out / f"{variant.replace(', ', '-').replace(' ', '-')}-{name}"
+    if changes is not None and not (folder / "model_index.json").exists():
+        train(folder, name, changes)
+    upscaler = minibooth.load(WEIGHTS / "tiny-x4" if changes is None else folder)
+    return upscaler.generate([prompt(name)], low, noise_level=level, **DRAWING)
+
+
+@torch.no_grad()
+def compare(judge: judges.Judge, pictures: Sequence[Image.Image], scenes: Sequence[Scene]) -> tuple[float, float]:
+    """PSNR and distance over the regions of the marks."""
+    figures = []
+    for picture, scene in zip(pictures, scenes, strict=True):
+        left, top, right, bottom = scene.mark_box(SIZE)
+        x, y = (to_tensor(each)[None, :, top:bottom, left:right] for each in (picture, Image.fromarray(scene.draw(SIZE))))
+        figures.append((psnr(x, y), distance(judge.features, x, y)))
+    first, second = map(mean, zip(*figures, strict=True))
+    return first, second
+
+
+def main() -> None:
+    """All runs, the table and the picture."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--judge", type=Path, required=True, help="folder of judge.safetensors (scripts/judge.py train)")
+    parser.add_argument("--out", type=Path, required=True, help="folder for runs, table.md and detail.png")
+    parser.add_argument("--subjects", nargs="+", default=[*SUBJECTS], choices=[*SUBJECTS])
+    parser.add_argument("--scenes", type=int, default=6, help="new scenes of each subject")
+    args = parser.parse_args()
+    judge = judges.load(args.judge)
+    figures: dict[str, list[tuple[float, ...]]] = {}
+    rows = []
+    for number, name in enumerate(args.subjects):
+        scenes = [subject_scene(name, np.random.default_rng([SEED, number, i])) for i in range(args.scenes)]
+        truth = np.stack([scene.draw(SIZE) for scene in scenes])
+        low = [Image.fromarray(each) for each in shrunk(truth)]
+        made = {"bicubic": [[each.resize((SIZE, SIZE), Image.Resampling.BICUBIC) for each in low]] * len(LEVELS)}
+        made |= {variant: [enlarged(args.out, variant, name, low, level) for level in LEVELS] for variant in VARIANTS}
+        for variant, sets in made.items():
+            found = tuple(figure for pictures in sets for figure in compare(judge, pictures, scenes))
+            figures.setdefault(variant, []).append(found)
+        box = scenes[0].mark_box(SIZE)
+        rows += [
+            each.crop(box).resize((192, 192)) for each in (*(sets[0][0] for sets in made.values()), Image.fromarray(truth[0]))
+        ]
+    head = "".join(f" PSNR, level {level} | distance, level {level} |" for level in LEVELS)
+    lines = [f"| |{head}", "|---" * (1 + 2 * len(LEVELS)) + "|"]
+    for variant, found in figures.items():
+        cells = [f"{mean(column):.{2 if i % 2 == 0 else 3}f}" for i, column in enumerate(zip(*found, strict=True))]
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
+    print(*lines, sep="\n")
+    (args.out / "table.md").write_text("\n".join(lines) + "\n")
+    grid(rows, len(figures) + 1).save(args.out / "detail.png")
+
+
+if __name__ == "__main__":
+    main()
