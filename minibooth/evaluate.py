@@ -28,6 +28,7 @@ from minibooth.dreambooth.data import find_pictures, open_picture
 from minibooth.dreambooth.metrics import PUBLISHED, Eyes, agreement, ceiling, diversity, likeness, open_lpips
 from minibooth.dreambooth.prior import DRAWING, Drawings, draw, origin
 from minibooth.errors import UserError
+from minibooth.train import EMBEDDED as RUN
 
 COLUMNS = ("DINO", "CLIP-I", "CLIP-T", "PRES", "DIV")
 PAPER = {  # tables 1 and 3: 30 subjects, 25 prompts, 4 pictures of each
@@ -42,6 +43,7 @@ ENCODERS: dict[str, Callable[..., Any]] = {
     "clip": functools.partial(Eyes, kind="clip"), "dino": functools.partial(Eyes, kind="vit"), "lpips": open_lpips,
 }  # fmt: skip
 EMBEDDED = {"clip": str(drawing.WEIGHTS / "tiny-clip"), "dino": "none"}  # PUBLISHED, for the embedded model
+TOY = drawing.WEIGHTS / "subject" / "prompts_and_classes.txt"  # the prompts, for it: what its world has
 
 # Prompts as the paper has them: 20 other places for a thing, or 10 and 10 outfits for somebody alive, and 5 other looks.
 PLACES = (
@@ -89,13 +91,15 @@ def complete(flags: argparse.Namespace) -> None:
     places = [path if path.is_dir() else path.parent for path in map(Path, [*flags.lora, flags.model])]
     runs = [files.read_json(place / "run.json") for place in places if (place / "run.json").is_file()]
     said = runs[0].get("settings", {}) if runs else {}
+    embedded = Path(said.get("pretrained_model_name_or_path") or flags.model).resolve().parent == drawing.WEIGHTS
+    said = said or (RUN if embedded else {})
     prompt, known = said.get("instance_prompt") or "", (said.get("class_prompt") or "").split()
     if flags.identifier is None:
         flags.identifier = " ".join(word for word in prompt.split() if known and word not in known) or "sks"
     flags.class_noun = flags.class_noun or prompt.partition(f"{flags.identifier} ")[2]
     flags.images = flags.images or said.get("instance_data_dir")
     flags.resolution = flags.resolution or said.get("resolution")
-    embedded = Path(said.get("pretrained_model_name_or_path") or flags.model).resolve().parent == drawing.WEIGHTS
+    flags.prompts = flags.prompts or (TOY if embedded and not flags.live else None)
     for name, usual in (EMBEDDED if embedded and Path(EMBEDDED["clip"]).is_dir() else PUBLISHED).items():
         setattr(flags, name, getattr(flags, name) or usual)
     if not flags.images:
@@ -153,20 +157,22 @@ def measure(
             row["DIV"] = diversity(torch.stack([*map(to_tensor, pictures)]).to(device), lpips)
         rows.append({"prompt": prompt, "folder": each.folder.name, **row})
     figures = means(rows)
-    if dino and of_class.pictures:
-        figures["PRES"] = likeness(dino.images([*map(open_picture, of_class.pictures)]), known["DINO"])
+    if eyes and of_class.pictures:
+        column = next(iter(eyes))
+        figures["PRES"] = likeness(eyes[column].images([*map(open_picture, of_class.pictures)]), known[column])
     ceilings = {column: ceiling(x) for column, x in known.items() if len(real) > 1}
     return {"figures": figures, "real": ceilings, "prompts": rows}
 
 
 def table(folder: Path) -> str:
-    """Every subject whose results are in `folder`, their mean, and the paper."""
+    """Every subject whose results are in `folder`, their mean, and, but for the embedded encoder's, the paper."""
     found = {path.parent.name: files.read_json(path) for path in sorted(folder.glob("*/results.json"))}
     rows = {f"{name}, {len(x['prompts'])} x {x['settings']['num_images']} pictures": x["figures"] for name, x in found.items()}
     if len(found) > 1:
         rows[f"mean of {len(found)} subjects"] = means([*rows.values()])
     rows["real pictures"] = means([x["real"] for x in found.values()])
-    rows |= {name: dict(zip(COLUMNS, values, strict=False)) for name, values in PAPER.items()}
+    if any(x["settings"]["clip"] != EMBEDDED["clip"] for x in found.values()):
+        rows |= {name: dict(zip(COLUMNS, values, strict=False)) for name, values in PAPER.items()}
     cells = {name: [f"{row[column]:.3f}" if column in row else "-" for column in COLUMNS] for name, row in rows.items()}
     width = max(map(len, rows))
     return "\n".join(f"{name:{width}}" + "".join(f"{cell:>8}" for cell in row) for name, row in [("", COLUMNS), *cells.items()])

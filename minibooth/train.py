@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from minibooth import command
-from minibooth.dreambooth import hub
+from minibooth.dreambooth import hub, parallel
+from minibooth.dreambooth.parallel import Ranks
 from minibooth.dreambooth.settings import Settings
 from minibooth.dreambooth.trainer import Trainer
 
@@ -40,7 +41,14 @@ EMBEDDED: dict[str, typing.Any] = {
     ),
     "validation_guidance_scale": 4.0,
     "validation_steps": 200,
+    "metrics_model": str(WEIGHTS / "tiny-clip") if (WEIGHTS / "tiny-clip").is_dir() else None,
+    "upscaler": str(WEIGHTS / "tiny-x4") if (WEIGHTS / "tiny-x4").is_dir() else "",
     "seed": 0,
+}
+SECOND: dict[str, typing.Any] = {  # what is otherwise in its second step, where nobody said so
+    "max_train_steps": 200,
+    "num_validation_images": 3,
+    "validation_guidance_scale": 1.0,
 }
 EPILOGUE = "The flags are those of diffusers' train_dreambooth.py, with its spelling (- and _ are alike) and its defaults."
 
@@ -72,29 +80,33 @@ def embedded(settings: Settings) -> Settings:
 
 def second(settings: Settings) -> Settings:
     """The paper's second step, where --upscaler asks for it: the same photographs, another model, no class pictures."""
+    usual = dataclasses.asdict(Settings()) | EMBEDDED
+    own = {name: value for name, value in SECOND.items() if getattr(settings, name) == usual[name]}
     return dataclasses.replace(
         settings,
+        **(own if settings.upscaler == EMBEDDED["upscaler"] else {}),
         pretrained_model_name_or_path=settings.upscaler, upscaler="", stage="super_resolution",
         variant=None, revision=None, prediction_type=None, train_text_encoder=False, with_prior_preservation=False,
-        validation_prompt=settings.validation_prompt and settings.instance_prompt,
+        validation_prompt=settings.validation_prompt and settings.instance_prompt, metrics_model=None,
         output_dir=str(Path(settings.output_dir) / "upscaler"), push_to_hub=False,
         resume_from_checkpoint=settings.resume_from_checkpoint and "latest",
     )  # fmt: skip
 
 
-def trainer(settings: Settings) -> Trainer:
-    """The run on the device and in the precision that the settings, or the machine, call for."""
-    device = command.device(settings.device)
-    precision = settings.prior_generation_precision or ("fp16" if device.type == "cuda" else "fp32")
-    return Trainer(settings, device, command.DTYPES[settings.mixed_precision or "no"], command.DTYPES[precision])
+def trainer(settings: Settings, ranks: Ranks) -> Trainer:
+    """The run on the ranks' devices, in the precision that the settings, or these devices, call for."""
+    precision = settings.prior_generation_precision or ("fp16" if ranks.device.type == "cuda" else "fp32")
+    dtypes = command.DTYPES[settings.mixed_precision or "no"], command.DTYPES[precision]
+    return Trainer(settings, ranks.device, *dtypes, ranks)
 
 
-def train(settings: Settings) -> tuple[str, str]:
+def train(settings: Settings, ranks: Ranks) -> tuple[str, str]:
     """One step of the paper, start to end; returns the command that draws with what it left, and the model to name there."""
-    run = trainer(settings)
+    run = trainer(settings, ranks)
     print("\n".join(f"{name:>10}  {value}" for name, value in run.summary()), flush=True)
-    repository = hub.reserve(settings) if settings.push_to_hub else None
-    run.train()
+    repository = hub.reserve(settings) if settings.push_to_hub and ranks.first else None
+    with ranks.guard(run.journal):
+        run.train()
     if repository:
         hub.push(settings, repository)
         print(f"uploaded to {repository}")
@@ -107,11 +119,12 @@ def main(argv: Sequence[str]) -> None:
     settings = embedded(parse(argv))
     torch.backends.cuda.matmul.allow_tf32 = settings.allow_tf32
     steps = [settings, second(settings)] if settings.upscaler else [settings]
-    for later in steps[1:]:
-        trainer(later)  # what would stop it is to be known now
-    (use, *_), models = zip(*map(train, steps), strict=True)
-    model = " --upscaler ".join(models)
-    print(f'draw with it:  python -m minibooth.{use} --model {model} --prompt "{settings.instance_prompt} in the snow"')
+    with parallel.start(settings, command.device(settings.device)) as ranks:
+        for later in steps[1:]:
+            trainer(later, ranks)  # what would stop it is to be known now
+        (use, *_), models = zip(*(train(each, ranks) for each in steps), strict=True)
+        model = " --upscaler ".join(models)
+        print(f'draw with it:  python -m minibooth.{use} --model {model} --prompt "{settings.instance_prompt} in the snow"')
 
 
 if __name__ == "__main__":

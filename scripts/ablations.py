@@ -1,127 +1,208 @@
-"""The paper's ablations on the toy world: variants of the default run, measured by the judge over subjects and seeds.
+"""The paper's ablations on the toy world: tables of variants of the default run, over subjects and seeds.
 
     python scripts/ablations.py --judge DIR --out DIR
 
-Ruiz et al. 2022, section 4.3. Each row is a variant's mean over its runs, and from lowest to highest in brackets:
+Ruiz et al. 2022, sections 4.2 and 4.3. Each row is a variant's mean over its runs, and their standard deviation:
 
     subject   share of pictures of ten new prompts in which the judge sees the subject: its class and its marks
     place     share of them that show the place asked for
-    taken     share of pictures of the bare class that bear the subject's marks (the paper's PRES; low is good)
-    colours   how many colours those have, exp of their entropy (the paper's DIV; high is good)
+    taken     share of pictures of the bare class that bear the subject's marks; low is good
+    colours   how many colours those have, exp of their entropy; high is good
+    CLIP-I, CLIP-T, PRES, DIV   the paper's, by weights/tiny-clip; DIV is 1 - cosine of two pictures of a prompt
 
-A run that is there already is not made again. For every subject a sheet goes to OUT: variants side by side.
+Tables share their runs, and a run that is there already is not made again. A table goes to OUT as TABLE.md, with TABLE.png:
+a row for each subject and variant, pictures of the prompts and, last, of the bare class.
 """
 
 import argparse
 import json
+import re
+import shutil
+import time
 from collections import Counter
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
-from statistics import mean
+from statistics import mean, pstdev
+from typing import Any
 
 import judge as judges
 import numpy as np
 import torch
-from PIL import Image
-from world import ACCESSORIES, PHOTOGRAPHED, PLACES, SUBJECTS
+from PIL import Image, ImageDraw
+from world import ACCESSORIES, CLASSES, PHOTOGRAPHED, PLACES, SUBJECTS
 
 import minibooth
 from minibooth.checkpoint import files
+from minibooth.checkpoint.lora import DIFFUSERS
 from minibooth.diffusion.images import grid, save_png, to_tensor
 from minibooth.diffusion.text_to_image import StableDiffusion
+from minibooth.dreambooth.data import find_pictures, open_picture
+from minibooth.dreambooth.metrics import Eyes, agreement, ceiling, likeness
 from minibooth.dreambooth.settings import Settings
 from minibooth.dreambooth.trainer import Trainer
 from minibooth.train import EMBEDDED, WEIGHTS
 
-VARIANTS: dict[str, dict | None] = {  # what differs from the default run; None: not trained at all
-    "untuned": None,
-    "with prior preservation": {},
-    "without": {"with_prior_preservation": False},
-}
+Changes = dict[str, Any] | None  # settings that differ from the default run's, `noun` and `pictures`; None: untrained
+LORA = {"rank": 8, "learning_rate": 3e-3, "text_encoder_lr": 3e-3}
+TABLES: dict[str, dict[str, Changes]] = {
+    "prior": {"untrained": None, "with prior preservation": {}, "without": {"with_prior_preservation": False}},
+    "nouns": {"correct class noun": {}, "wrong class noun": {"noun": "wrong"}, "no class noun": {"noun": "no"}},
+    "pictures": {**{f"{n} of the pictures": {"pictures": n} for n in range(1, 5)}, "all 5": {}},
+    "text_encoder": {"UNet and text encoder": {}, "UNet alone": {"train_text_encoder": False}},
+    "lora": {"all weights": {}, "LoRA of rank 8": LORA, "LoRA of rank 8, all layers": LORA | {"lora_targets": "all"}},
+    "steps": {"0 steps": None, **{f"{n} steps": {"max_train_steps": n} for n in (50, 100, 200)}, "400 steps": {},
+              "800 steps": {"max_train_steps": 800}},
+}  # fmt: skip
 NEW = [place for place in PLACES if place not in PHOTOGRAPHED]
 ASKED = [*((place, "none") for place in NEW), ("forest", "crown"), ("rain", "red hat")]  # ten prompts
 EACH, OF_CLASS = 4, 48  # pictures of each prompt, and of the bare class
 DRAWING = {"steps": 25, "guidance_scale": 4.0}
 
 
-def prompts(name: str) -> list[str]:
+def noun(name: str, changes: Changes) -> str:
+    """The class noun in the subject's prompts: that of its class, of another, or none."""
+    classes, kind = [*CLASSES], SUBJECTS[name].kind
+    return {"wrong": classes[classes.index(kind) - 4], "no": ""}.get((changes or {}).get("noun", ""), kind)
+
+
+def prompts(name: str, changes: Changes) -> list[str]:
     """The ten new ones."""
-    words = [" ".join([ACCESSORIES[accessory].words, PLACES[place].words]).strip() for place, accessory in ASKED]
-    return [f"a photo of a zwx {SUBJECTS[name].kind} {each}" for each in words]
+    words = [["a photo of a zwx", noun(name, changes), ACCESSORIES[worn].words, PLACES[place].words] for place, worn in ASKED]
+    return [" ".join(filter(None, each)) for each in words]
 
 
-def train(folder: Path, name: str, seed: int, changes: dict) -> None:
-    """The default run with other photographs, and `changes`."""
-    kind = SUBJECTS[name].kind
-    photographs = {"instance_data_dir": str(WEIGHTS / "subject" / name), "output_dir": str(folder)}
-    words = {"instance_prompt": f"a photo of a zwx {kind}", "class_prompt": f"a photo of a {kind}"}
-    own = {"seed": seed, "validation_prompt": None, "class_data_dir": str(folder.parent / f"class-{kind}")}
-    settings = Settings(**(EMBEDDED | photographs | words | own | changes))
-    Trainer(settings, torch.device("cpu"), torch.float32, torch.float32).train()
+def train(folder: Path, name: str, seed: int, changes: dict[str, Any], few_steps: dict[str, int]) -> None:
+    """The default run with other photographs, and `changes`; class pictures are of the subject's class, whatever the noun."""
+    kind, photographs = SUBJECTS[name].kind, WEIGHTS / "subject" / name
+    if "pictures" in changes:
+        few = folder.with_name(f"{changes['pictures']}-of-{name}")
+        few.mkdir(parents=True, exist_ok=True)
+        for path in find_pictures(photographs)[0][: changes["pictures"]]:
+            shutil.copy(path, few)
+        photographs = few
+    own = {
+        "instance_data_dir": str(photographs), "class_data_dir": str(folder.with_name(f"class-{kind}")), "seed": seed,
+        "instance_prompt": f"a photo of a zwx {noun(name, changes)}".strip(), "class_prompt": f"a photo of a {kind}",
+        "output_dir": str(folder), "validation_prompt": None, "resume_from_checkpoint": "latest",
+    }  # fmt: skip
+    settings = {key: value for key, value in changes.items() if key not in ("noun", "pictures")}
+    run = Settings(**(EMBEDDED | own | settings | few_steps))
+    Trainer(run, torch.device("cpu"), torch.float32, torch.float32).train()
 
 
-def draw(pipe: StableDiffusion, asked: Sequence[str]) -> list[Image.Image]:
+def draw(pipe: StableDiffusion, asked: Sequence[str], seed: int) -> list[Image.Image]:
     """EACH pictures of every prompt."""
-    return [image for i, each in enumerate(asked) for image in pipe.generate([each] * EACH, seed=1000 * i, **DRAWING)]
+    first = range(100_000 * seed, 100_000 * seed + 1000 * len(asked), 1000)
+    return [image for n, each in zip(first, asked, strict=True) for image in pipe.generate([each] * EACH, seed=n, **DRAWING)]
 
 
-def measure(judge: judges.Judge, pipe: StableDiffusion, name: str) -> tuple[dict[str, float], list[Image.Image]]:
-    """The row's figures, and a sheet's pictures: one of each new prompt, then as many of the class."""
+def judged(judge: judges.Judge, name: str, new: Sequence[Image.Image], bare: Sequence[Image.Image]) -> dict[str, float]:
+    """The judge's figures of pictures of the new prompts, and of the bare class."""
     kind = SUBJECTS[name].kind
-    new, bare = draw(pipe, prompts(name)), draw(pipe, [f"a photo of a {kind}"] * (OF_CLASS // EACH))
-    seen = judges.verdicts(judge, torch.stack([to_tensor(image) for image in new + bare]))
+    seen = judges.verdicts(judge, torch.stack([to_tensor(image) for image in (*new, *bare)]))
     values = {key: [list(judges.ATTRIBUTES[key])[i] for i in numbers.tolist()] for key, numbers in seen.items()}
     marked = [(*pair,) == (kind, name) for pair in zip(values["kind"], values["marks"], strict=True)]
     right = [place == ASKED[i // EACH][0] for i, place in enumerate(values["place"][: len(new)])]
     shares = np.array([*Counter(values["colour"][len(new) :]).values()]) / len(bare)
-    figures = {
+    return {
         "subject": mean(marked[: len(new)]),
         "place": mean(right),
         "taken": mean(marks == name for marks in values["marks"][len(new) :]),
         "colours": float(np.exp(-(shares * np.log(shares)).sum())),
     }
-    return figures, new[::EACH] + bare[: len(ASKED)]
 
 
-def run(judge: judges.Judge, out: Path, variant: str, name: str, seed: int) -> dict[str, float]:
-    """One variant on one subject, or what was measured of it before."""
-    changes, folder = VARIANTS[variant], out / f"{variant.replace(' ', '-')}-{name}-{seed}"
-    result = folder / "figures.json"
-    if not result.exists():
-        if changes is not None and not (folder / "model_index.json").exists():
-            train(folder, name, seed, changes)
-        pipe = minibooth.load(folder if changes is not None else WEIGHTS / "tiny")
-        figures, pictures = measure(judge, pipe, name)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_png(grid(pictures, len(ASKED)), folder / "sheet.png", {"variant": variant})
-        with files.replacing(result) as temporary:
-            temporary.write_text(json.dumps(figures))
-    return files.read_json(result)
+def measured(
+    eyes: Eyes, name: str, asked: Sequence[str], new: Sequence[Image.Image], bare: Sequence[Image.Image]
+) -> dict[str, float]:
+    """The paper's figures of the same, beside the subject's photographs."""
+    real = eyes.images([*map(open_picture, find_pictures(WEIGHTS / "subject" / name)[0])])
+    seen, of_class = eyes.images(new), eyes.images(bare)
+    return {
+        "CLIP-I": likeness(seen, real),
+        "CLIP-T": agreement(seen, eyes.texts(asked).repeat_interleave(EACH, dim=0)),
+        "PRES": likeness(of_class, real),
+        "DIV": mean(1 - ceiling(part) for part in seen.split(EACH)),
+    }
+
+
+def folder_of(out: Path, name: str, seed: int, changes: Changes) -> Path:
+    """The folder of a run, by all that makes it."""
+    words = "untrained" if changes is None else "-".join(f"{key}-{value}" for key, value in changes.items()) or "default"
+    return out / re.sub(r"[^\w.-]", "-", f"{words}-{name}-{seed}")
+
+
+def run(
+    judge: judges.Judge, eyes: Eyes, folder: Path, name: str, seed: int, changes: Changes, few_steps: dict[str, int]
+) -> None:
+    """Train (only so long, if `few_steps` says so), draw and measure; leaves figures.json and sheet.png, a row of pictures."""
+    if changes is not None and not any((folder / file).exists() for file in ("model_index.json", DIFFUSERS)):
+        train(folder, name, seed, changes, few_steps)
+    whole = changes is not None and "rank" not in changes
+    pipe = minibooth.load(folder if whole else WEIGHTS / "tiny")
+    if changes and "rank" in changes:
+        pipe.load_lora(folder)
+    asked = prompts(name, changes)
+    new, bare = (draw(pipe, each, seed) for each in (asked, [f"a photo of a {SUBJECTS[name].kind}"] * (OF_CLASS // EACH)))
+    figures = judged(judge, name, new, bare) | measured(eyes, name, asked, new, bare)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_png(grid(new[::EACH] + bare[::EACH][:4], len(ASKED) + 4), folder / "sheet.png", {"prompts": " | ".join(asked)})
+    with files.replacing(folder / "figures.json") as temporary:
+        temporary.write_text(json.dumps(figures))
+
+
+def table(rows: dict[str, list[dict[str, float]]]) -> str:
+    """Markdown: a row's mean and standard deviation of each figure."""
+    columns = [*next(iter(rows.values()))[0]]
+    lines = [["", *columns], ["---"] * (1 + len(columns))]
+    for label, runs in rows.items():
+        values = [[each[column] for each in runs] for column in columns]
+        lines.append([label, *(f"{mean(each):.2f} ± {pstdev(each):.2f}" for each in values)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def labelled(sheet: Path, words: str) -> Image.Image:
+    """The sheet, with words beside it."""
+    row = Image.open(sheet)
+    card = Image.new("RGB", (170 + row.width, row.height), "white")
+    ImageDraw.Draw(card).text((4, row.height // 2 - 6), words, fill="black")
+    card.paste(row, (170, 0))
+    return card
 
 
 def main() -> None:
-    """All runs, then the table and the sheets."""
+    """All runs, then the tables and the pictures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--judge", type=Path, required=True, help="folder of judge.safetensors (scripts/judge.py train)")
-    parser.add_argument("--out", type=Path, required=True, help="folder for runs, sheets and table.md")
+    parser.add_argument("--out", type=Path, required=True, help="folder for runs, tables and pictures")
+    parser.add_argument("--tables", nargs="+", default=[*TABLES], choices=[*TABLES])
     parser.add_argument("--subjects", nargs="+", default=["robot", "cat", "cup"], choices=[*SUBJECTS])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--variants", nargs="+", default=[*VARIANTS], choices=[*VARIANTS])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--max_train_steps", type=int, help="of every run, for a quick look in a folder of its own")
     args = parser.parse_args()
-    judge = judges.load(args.judge)
-    rows = []
-    for variant in args.variants:
-        figures = [run(judge, args.out, variant, name, seed) for name in args.subjects for seed in args.seeds]
-        columns = {key: [each[key] for each in figures] for key in figures[0]}
-        cells = [f"{mean(column):.2f} ({min(column):.2f}-{max(column):.2f})" for column in columns.values()]
-        rows.append(" | ".join(["", variant, *cells, ""]).strip())
-    head = " | ".join(["", "", *columns, ""]).strip()
-    table = "\n".join([f"| {head}", "|---" * (len(columns) + 1) + "|", *(f"| {row}" for row in rows)])
-    print(table)
-    (args.out / "table.md").write_text(table + "\n")
-    for name in args.subjects:
-        folders = [args.out / f"{variant.replace(' ', '-')}-{name}-{args.seeds[0]}" for variant in args.variants]
-        save_png(grid([Image.open(each / "sheet.png") for each in folders], 1), args.out / f"{name}.png", {})
+    judge, eyes = judges.load(args.judge), Eyes(WEIGHTS / "tiny-clip")
+    few_steps = {"max_train_steps": args.max_train_steps} if args.max_train_steps else {}
+    runs, seconds = [*product(args.subjects, args.seeds)], []
+    wanted = {folder_of(args.out, *each, changes) for key in args.tables for changes in TABLES[key].values() for each in runs}
+    for key in args.tables:
+        rows: dict[str, list[dict[str, float]]] = {label: [] for label in TABLES[key]}
+        for (label, changes), (name, seed) in product(TABLES[key].items(), runs):
+            folder, began = folder_of(args.out, name, seed, changes), time.monotonic()
+            if not (folder / "figures.json").exists():
+                run(judge, eyes, folder, name, seed, changes, few_steps)
+                seconds.append(time.monotonic() - began)
+                todo = sum(not (each / "figures.json").exists() for each in wanted)
+                left = todo * mean(seconds) / 60
+                print(
+                    f"{folder.name}: {len(wanted) - todo} of {len(wanted)} runs done, some {left:.0f} minutes to go", flush=True
+                )
+            rows[label].append(files.read_json(folder / "figures.json"))
+        (args.out / f"{key}.md").write_text(text := table(rows))
+        print(f"\n{text}")
+        first = [(f"{name}, {label}", folder_of(args.out, name, args.seeds[0], changes))
+                 for name, (label, changes) in product(args.subjects, TABLES[key].items())]  # fmt: skip
+        save_png(grid([labelled(folder / "sheet.png", words) for words, folder in first], 1), args.out / f"{key}.png", {})
 
 
 if __name__ == "__main__":

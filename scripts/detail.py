@@ -15,6 +15,7 @@ detail.png: a row for each subject, columns as the rows of the table, and last t
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
@@ -32,7 +33,7 @@ import minibooth
 from minibooth.diffusion.images import grid, to_tensor
 from minibooth.dreambooth.settings import Settings
 from minibooth.dreambooth.trainer import Trainer
-from minibooth.train import EMBEDDED_UPSCALER, WEIGHTS
+from minibooth.train import EMBEDDED, WEIGHTS, second
 
 SIZE, LEVELS, SEED = 256, (0, 20), 7
 VARIANTS: dict[str, dict | None] = {  # what differs from the default run's second step; None: not tuned
@@ -47,7 +48,8 @@ def train(folder: Path, name: str, changes: dict) -> None:
     """The default run's second step on a subject, with `changes`."""
     own = {"instance_data_dir": str(WEIGHTS / "subject" / name), "output_dir": str(folder), "seed": SEED}
     words = {"instance_prompt": prompt(name), "validation_prompt": None}
-    Trainer(Settings(**(EMBEDDED_UPSCALER | own | words | changes)), torch.device("cpu"), torch.float32, torch.float32).train()
+    settings = replace(second(Settings(**EMBEDDED)), **own, **words, **changes)
+    Trainer(settings, torch.device("cpu"), torch.float32, torch.float32).train()
 
 
 def prompt(name: str) -> str:

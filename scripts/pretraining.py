@@ -117,7 +117,7 @@ class Training:
         self.average = copy.deepcopy(network).requires_grad_(False).eval()
         self.parameters = dict(network.named_parameters())
         self.momentum = {name: torch.zeros_like(x) for name, x in self.parameters.items()}
-        vectors = {name: x for name, x in self.parameters.items() if x.dim() == 1 or "embedding.weight" in name}
+        vectors = {name: x for name, x in self.parameters.items() if x.dim() < 2 or "embedding.weight" in name}
         self.square = {name: torch.zeros_like(x) for name, x in vectors.items()}
         self.clock = torch.zeros(3, dtype=torch.float64)  # steps, samples seen, seconds
         self.device = next(network.parameters()).device

@@ -155,6 +155,7 @@ def tube(*values: float) -> np.ndarray:
     a, b, c = np.reshape(values[:6], (3, 2))
     spine = a * (1 - SPINE) ** 2 + 2 * b * SPINE * (1 - SPINE) + c * SPINE**2
     along = (b - a) * (1 - SPINE) + (c - b) * SPINE
+    along = np.where(along.any(axis=1, keepdims=True), along, c - a)  # where two of the points coincide
     along /= np.hypot(along[:, :1], along[:, 1:])
     side = along[:, ::-1] * (-1, 1)
     half = (values[6] + (values[-1] - values[6]) * SPINE) / 2
@@ -1032,11 +1033,11 @@ class Scene:
         height = self.size * self._anchors()["span"][1]
         return pen.frame(self.x, self.y, height, self.tilt, -1 if self.flip else 1, -1)
 
-    def draw(self, size: int = 64) -> np.ndarray:
-        """The picture, uint8 [size, size, 3]; drawn larger and averaged down, so that edges are smooth."""
+    def draw(self, size: int = 64, mark: Mark | None = None) -> np.ndarray:
+        """The picture, uint8 [size, size, 3], with other marks if given; drawn larger and averaged down, for smooth edges."""
         over = 3 if size <= 64 else 2
         pen = Pen(size * over)
-        anchors, accessory, mark = self._anchors(), ACCESSORIES[self.accessory], SUBJECTS.get(self.marks)
+        anchors, accessory, mark = self._anchors(), ACCESSORIES[self.accessory], mark or SUBJECTS.get(self.marks)
         layers = PLACES[self.place].draw(pen, np.random.default_rng(self.seed))
         next(layers)
         pen.glow(self.x + 0.02, self.y, 1.45 * math.prod(anchors["span"]) * self.size, "#140f2a", 0.2, 200)

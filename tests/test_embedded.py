@@ -8,11 +8,24 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_run import run, same_bits, train, trainer, weights
+from pretrain_clip import draw, family, triples
+from small_run import metrics, run, same_bits, train, trainer, weights
+from world import SUBJECTS, Scene
 
 import minibooth
+from minibooth import evaluate
+from minibooth.dreambooth import stages
+from minibooth.dreambooth.metrics import Eyes, cosines
 from minibooth.dreambooth.settings import Settings
 from minibooth.train import EMBEDDED, WEIGHTS, embedded
+
+CLIP = WEIGHTS / "tiny-clip"
+needs_eye = pytest.mark.skipif(not CLIP.is_dir(), reason="weights/tiny-clip is missing: scripts/pretrain_clip.py makes it")
+
+
+@pytest.fixture(scope="module")
+def eyes():
+    return Eyes(CLIP)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +106,61 @@ def test_no_arguments_mean_the_embedded_run(tmp_path, capsys):
 
 
 def test_weights_stay_small():
-    sizes = {
-        path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in (WEIGHTS, WEIGHTS / "tiny")
-    }
-    assert sizes[WEIGHTS / "tiny"] <= 20e6 and sizes[WEIGHTS] <= 40e6
+    for folder, most in ((WEIGHTS, 40e6), (WEIGHTS / "tiny", 20e6), (CLIP, 4e6)):
+        assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= most
+
+
+# ---- the embedded eye
+
+
+def test_the_eye_is_trained_on_other_characters_each_twice_in_the_same_two_places():
+    theirs = {part for mark in SUBJECTS.values() for part in (mark.badge, mark.odd)}
+    for scenes in map(family, range(40)):
+        assert not any(scene.marks or (mark and {mark.badge, mark.odd} & theirs) for scene, mark in scenes)
+        assert len({(scene.kind, scene.place) for scene, _ in scenes}) == 2
+        for (one, mark), (other, same) in zip(scenes[::2], scenes[1::2], strict=True):
+            assert mark is same and (one.colour, one.pattern) == (other.colour, other.pattern) and one.place != other.place
+
+
+@needs_eye
+def test_the_eye_knows_subjects_it_never_saw(eyes):
+    anchor, same, there, here = (eyes.images(draw(column)) for column in zip(*triples(25), strict=True))
+    near, far, close = (torch.cosine_similarity(anchor, each) for each in (same, there, here))
+    assert (near > far).float().mean() >= 0.95 and (near > close).float().mean() >= 0.9
+
+
+@needs_eye
+def test_the_eye_knows_captions_from_shuffled_ones(eyes):
+    scenes = [Scene.random(np.random.default_rng([33, i])) for i in range(100)]
+    fit = cosines(eyes.images(draw(scenes)), eyes.texts([scene.caption() for scene in scenes]))
+    assert (fit.diagonal()[:, None] >= fit).float().mean() >= 0.97
+
+
+@needs_eye
+def test_transformers_opens_the_eye_and_sees_the_same(eyes):
+    transformers = pytest.importorskip("transformers")
+    model, info = transformers.CLIPModel.from_pretrained(
+        CLIP, local_files_only=True, output_loading_info=True, dtype=torch.float32
+    )
+    assert not any(info.values())
+    words, see = transformers.CLIPTokenizer.from_pretrained(CLIP), transformers.CLIPImageProcessorPil.from_pretrained(CLIP)
+    prompts, pictures = ["a photo of a zwx robot", "a red cup on the moon"], draw(triples(1)[0])
+    with torch.no_grad():
+        ids = words(prompts, padding="max_length", max_length=77, return_tensors="pt").input_ids
+        texts = model.get_text_features(ids).pooler_output
+        images = model.get_image_features(see(pictures, return_tensors="pt")["pixel_values"]).pooler_output
+    assert torch.allclose(eyes.texts(prompts), texts, atol=1e-5) and torch.allclose(eyes.images(pictures), images, atol=1e-5)
+
+
+@needs_eye
+def test_the_embedded_run_is_watched_and_its_model_is_evaluated_without_another_word(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(stages.VALIDATION, "steps", 2)
+    watched = dict(validation_prompt="a photo of a zwx robot", num_validation_images=2, with_prior_preservation=False)
+    model = train(settings(tmp_path / "run", max_train_steps=1, **watched))
+    seen = [line for line in metrics(model) if "loss" not in line]
+    assert [line.keys() for line in seen] == [{"step", "subject_similarity", "class_drift", "class_diversity"}] * 2
+    few = ["--steps", "1", "--num_images", "1", "--num_class_images", "1", "--device", "cpu"]
+    evaluate.main(["--model", str(model), "--output_dir", str(tmp_path / "out"), *few])
+    results = json.loads((tmp_path / "out" / "robot" / "results.json").read_text())
+    assert results["figures"].keys() == {"CLIP-I", "CLIP-T", "PRES"} and len(results["prompts"]) == 25
+    assert "paper" not in capsys.readouterr().out

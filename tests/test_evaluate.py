@@ -17,6 +17,7 @@ from small_run import photographs, small, tiny, train
 import minibooth
 from minibooth import command, drawing, evaluate
 from minibooth.diffusion.text_to_image import StableDiffusion
+from minibooth.dreambooth.metrics import Eyes, likeness
 
 # As prompts_and_classes.txt is published, with prompts of our own.
 PUBLISHED = """Classes
@@ -167,9 +168,14 @@ def test_the_results_say_what_they_are_of(kit, whole):
 
 def test_what_has_no_encoder_is_left_out(kit, whole, tmp_path, capsys):
     figures = whole[1]["figures"]
-    left = {"clip": {"DINO", "PRES", "DIV"}, "dino": {"CLIP-I", "CLIP-T", "DIV"}, "lpips": figures.keys() - {"DIV"}}
+    left = {"clip": {"DINO", "PRES", "DIV"}, "dino": {"CLIP-I", "CLIP-T", "PRES", "DIV"}, "lpips": figures.keys() - {"DIV"}}
+    eyes, of_class = Eyes(kit.clip), [Image.open(path) for path in drawn(whole[0])["a dog"]]
+    by_clip = likeness(eyes.images(of_class), eyes.images([Image.open(path) for path in sorted(kit.images.glob("*.png"))]))
     for name, columns in left.items():
         found = kit.run(tmp_path, f"--{name}", "none")["figures"]
+        if name == "dino":
+            assert found.pop("PRES") == pytest.approx(by_clip, abs=1e-4)
+            found["PRES"] = figures["PRES"]
         assert found == {column: pytest.approx(figures[column], abs=1e-4) for column in columns}
         row = capsys.readouterr().out.splitlines()[1].split("pictures")[1].split()
         assert [cell != "-" for cell in row] == [column in columns for column in evaluate.COLUMNS]
@@ -336,6 +342,21 @@ def test_the_embedded_model_has_its_own_encoder(tmp_path, monkeypatch, there):
         flags = evaluate.parser().parse_args(["--model", str(model), "--class_noun", "robot", "--images", "x"])
         evaluate.complete(flags)
         assert (flags.clip, flags.dino) == tuple((evaluate.EMBEDDED if own else evaluate.PUBLISHED).values())
+
+
+def test_the_embedded_model_is_measured_on_what_its_world_has():
+    flags = evaluate.parser().parse_args([])
+    evaluate.complete(flags)
+    assert (flags.identifier, flags.class_noun, flags.subject, flags.resolution) == ("zwx", "robot", "robot", 64)
+    found, tokenizer = evaluate.prompts(flags), minibooth.load(flags.model).tokenizer
+    assert len(set(found)) == 25 and "a photo of a zwx robot on the moon" in found
+    assert all([*map("{}</w>".format, prompt.split())] == tokenizer.tokens(prompt) for prompt in found)
+
+
+def test_other_encoders_than_the_papers_do_not_stand_beside_its_figures(kit, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(evaluate.EMBEDDED, "clip", str(kit.clip))
+    kit.run(tmp_path, "--dino", "none")
+    assert "paper" not in capsys.readouterr().out
 
 
 # ---- the table

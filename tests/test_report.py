@@ -10,11 +10,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from encoders import small_clip
 from PIL import Image
-from small_run import metrics, photographs, small, train
+from small_run import metrics, photographs, same_bits, small, train, trainer, weights
 
+import minibooth
 from minibooth.dreambooth import report, stages
 from minibooth.dreambooth.journal import Journal
+from minibooth.dreambooth.metrics import Eyes, ceiling, likeness
 from minibooth.dreambooth.settings import Settings
 from minibooth.errors import UserError
 
@@ -232,6 +235,46 @@ def test_super_resolution_has_one_too(few_drawing_steps, x4, tmp_path):
     )
     page = Page(output / "report.html")
     assert page.grids() == [0, 1] and len(page.all("img")) == 5 and ("loss", "c0") in page.curves()
+
+
+def test_a_metrics_model_measures_every_grid_and_changes_nothing_else(few_drawing_steps, tmp_path):
+    clip, _ = small_clip(tmp_path / "clip")
+    watched = {"validation_prompt": "a sks dog | a wet sks dog", "validation_steps": 2, "num_validation_images": 2}
+    watched |= {"class_prompt": "a dog", "max_train_steps": 4, "checkpointing_steps": 2, "metrics_model": str(clip)}
+    plain = train(small(tmp_path, **watched | {"metrics_model": None, "output_dir": str(tmp_path / "plain")}))
+    output = train(small(tmp_path, **watched))
+    assert same_bits(weights(output), weights(plain))
+    seen = [line for line in metrics(output) if "loss" not in line]
+    assert [line for line in metrics(output) if "loss" in line] == metrics(plain)
+    assert [line["step"] for line in seen] == [0, 2, 4]
+    assert (output / "samples" / "step-4.png").read_bytes() == (plain / "samples" / "step-4.png").read_bytes()
+
+    eyes, grid = Eyes(clip), Image.open(output / "samples" / "step-4.png")
+    real = eyes.images([Image.open(path) for path in sorted((tmp_path / "photographs").iterdir())])
+    shown = eyes.images([grid.crop((x, y, x + 64, y + 64)) for y in (0, 68) for x in (0, 68)])
+    assert seen[-1]["subject_similarity"] == pytest.approx(likeness(shown, real), abs=1e-5)
+    how = dict(steps=2, sampler="dpmpp_2m", height=64, width=64, seed=7)
+    of_class = eyes.images(minibooth.load(output).generate(["a dog"] * 2, **how))
+    assert seen[-1]["class_drift"] == pytest.approx(likeness(of_class, real), abs=1e-3)
+    assert seen[-1]["class_diversity"] == pytest.approx(1 - ceiling(of_class), abs=1e-3)
+
+    curves = Page(output / "report.html").curves()
+    assert all(len(curves[name, "c0"]) == 3 for name in ("subject_similarity", "class_drift", "class_diversity"))
+    assert "By subject_similarity, stop at step" in (output / "report.html").read_text()
+    train(small(tmp_path, **watched | {"resume_from_checkpoint": "checkpoint-2"}))
+    assert [line for line in metrics(output) if "loss" not in line] == seen
+
+
+def test_without_a_class_prompt_the_subject_alone_is_measured(few_drawing_steps, tmp_path):
+    clip, _ = small_clip(tmp_path / "clip")
+    output = train(small(tmp_path, max_train_steps=1, validation_prompt="a sks dog", metrics_model=str(clip)))
+    assert [line.keys() for line in metrics(output) if "loss" not in line] == [{"step", "subject_similarity"}] * 2
+
+
+def test_a_metrics_model_that_is_not_there_or_has_nothing_to_see_is_refused(x4, tmp_path):
+    for model, said in ((None, "/nowhere is no folder"), (x4, "--metrics_model is for")):
+        with pytest.raises(UserError, match=said):
+            trainer(small(tmp_path, model, resolution=32, validation_prompt="a dog", metrics_model="/nowhere"))
 
 
 def test_a_run_does_not_end_for_want_of_its_page(tmp_path, monkeypatch, capsys):

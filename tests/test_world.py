@@ -65,3 +65,8 @@ def test_photographs_show_the_subject_in_known_places_and_are_repeatable(tmp_pat
         assert len(files) == 5
         assert all(path.read_bytes() == (tmp_path / "two" / name / path.name).read_bytes() for path in files)
     assert set(PHOTOGRAPHED) < set(PLACES)
+
+
+def test_a_limb_whose_points_coincide_is_drawn():
+    drawn = [Scene.random(np.random.default_rng(0), kind="robot", pose=pose).draw() for pose in (-0.24, -0.2401)]
+    assert np.abs(drawn[0].astype(int) - drawn[1]).mean() < 1

@@ -237,8 +237,8 @@ class Source:
                 shapes = f"{[*tensor.shape]}, where its config.json means {[*wanted[key].shape]}"
                 raise UserError(f"{self.name}: {name}'s {key} is {shapes}")
 
-    def save(self, path: Path, networks: Mapping[str, nn.Module | None], dtype: torch.dtype | None = None) -> None:
-        """Write everything again, with the weights of `networks` where given, and as they were read where not.
+    def save(self, path: Path, weights: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype | None = None) -> None:
+        """Write everything again, with these `weights` of networks where given, and as they were read where not.
 
         path: a folder, or x.safetensors for an LDM single file. Every tensor gets the dtype it was read in, or `dtype`, so
         that what was not trained comes back bit for bit; of a single file in a single file, what we do not use does too.
@@ -247,8 +247,7 @@ class Source:
         """
         for name in self.weights:
             self.check(name, self.skeleton(name))
-        given = {name: network for name, network in networks.items() if network is not None}
-        states = {name: given[name].state_dict() if name in given else read for name, read in self.weights.items()}
+        states = {name: weights.get(name, read) for name, read in self.weights.items()}
         (self._save_file if path.suffix == ".safetensors" else self._save_folder)(path, states, dtype)
 
     def save_vocabulary(self, folder: Path) -> None:

@@ -64,7 +64,7 @@ class Pipeline:
 
     def save(self, path: str | Path) -> None:
         """Write a folder in the diffusers layout, or an LDM single file if `path` ends in .safetensors (`Source.save`)."""
-        self.source.save(Path(path), self.networks)
+        self.source.save(Path(path), {name: network.state_dict() for name, network in self.networks.items()})
 
     def load_lora(self, path: str | Path, weight: float = 1.0, merge: bool = False) -> None:
         """Add a LoRA, a file of diffusers' or kohya's or a folder with pytorch_lora_weights.safetensors, in strength `weight`.

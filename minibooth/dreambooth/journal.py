@@ -1,7 +1,7 @@
 """What a run leaves in its output folder, so that it can be watched, repeated and resumed.
 
 run.json          all settings, versions, and the command that repeats the run
-metrics.jsonl     a line per step: step, loss, subject, prior, lr, seconds
+metrics.jsonl     a line per step: step, loss, subject, prior, lr, seconds; with --metrics_model one per grid besides
 samples/          step-N.png, grids of the validation prompt from the same noise
 report.html       all that on one page, and the photographs
 checkpoint-N/     trained networks as they train (the layout of the final model) or a LoRA, optimizer.safetensors, state.json
@@ -36,13 +36,16 @@ class Journal:
                 remedy = "choose another --output_dir, or go on with --resume_from_checkpoint latest"
                 raise UserError(f"{self.folder} already holds another run ({taken}); {remedy}")
 
-    def open(self, step: int) -> None:
-        """Write run.json; drop the metrics of steps that will be done again, and checkpoints that a killed run left half."""
+    def open(self, step: int, python: str = "python") -> None:
+        """Write run.json; drop the metrics of steps that will be done again, and checkpoints that a killed run left half.
+
+        python: the command that starts the run's processes.
+        """
         settings = dataclasses.asdict(self.settings) | {"hub_token": None, "resume_from_checkpoint": None}
         given = {name: value for name, value in settings.items() if value != Settings.__dataclass_fields__[name].default}
         words = [word for name, value in given.items() for word in (f"--{name}", *words_of(value))]
         run = {
-            "command": shlex.join(["python", "-m", "minibooth.train", *words]),
+            "command": shlex.join([*python.split(), "-m", "minibooth.train", *words]),
             "settings": settings,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }

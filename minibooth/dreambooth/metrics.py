@@ -2,7 +2,7 @@
 
     DINO, CLIP-I   likeness(pictures of the subject's prompts, its real pictures); `ceiling` is what real pictures reach
     CLIP-T         agreement(pictures, their prompts), the identifier included
-    PRES           likeness(pictures of the class prompt, the subject's real pictures), by DINO; low is good
+    PRES           likeness(pictures of the class prompt, the subject's real pictures), by DINO (else CLIP); low is good
     DIV            diversity(pictures of one subject and prompt); high is good
 
 Each is a mean over pairs, which the paper's tables average over subjects and prompts. `Eyes` gives the embeddings.
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from minibooth.checkpoint import files
 from minibooth.checkpoint.load import Component, Source, Uninitialised, snapshot
+from minibooth.dreambooth.data import open_picture
 from minibooth.errors import UserError
 from minibooth.models.config import CLIPConfig, ViTConfig
 from minibooth.models.tokenizer import Tokenizer
@@ -113,6 +114,28 @@ class Eyes:
     def texts(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> [B, P]; CLIP's alone."""
         return self.network.read(self.tokenizer(prompts).to(self.network.logit_scale.device))
+
+
+class Watch:
+    """What an encoder says of a run on the way, beside the subject's photographs: cheap stand-ins for the paper's figures.
+
+    source, device: as `Eyes`, which raises UserError.
+    """
+
+    def __init__(self, source: str | Path, photographs: Sequence[Path], device: torch.device):
+        self.eyes = Eyes(source, device=device)
+        self.real = self.eyes.images([*map(open_picture, photographs)])
+
+    def look(self, subject: Sequence[Image.Image], of_class: Sequence[Image.Image]) -> dict[str, float]:
+        """The likeness of pictures of the subject's prompts; with pictures of the bare class, theirs (it drifts to the
+        subject) and how different they are, by 1 - cosine.
+        """
+        figures = {"subject_similarity": likeness(self.eyes.images(subject), self.real)}
+        if of_class:
+            figures["class_drift"] = likeness(seen := self.eyes.images(of_class), self.real)
+        if len(of_class) > 1:
+            figures["class_diversity"] = 1 - ceiling(seen)
+        return figures
 
 
 def open_lpips(path: str | Path, device: torch.device | str = "cpu") -> LPIPS:

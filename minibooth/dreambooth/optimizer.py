@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from minibooth.diffusion.noise import generator
+from minibooth.dreambooth.parallel import shard
 
 SIGNED = {"exp_avg": True, "exp_avg_sq": False}  # the two moments
 BLOCK, SMALLEST = 256, 4096  # elements that share a scale; elements of the smallest parameter with moments in 8 bits
@@ -168,10 +169,10 @@ def moments(optimizer: torch.optim.Optimizer, modules: Mapping[str, nn.Module]) 
 
 
 def restore(optimizer: AdamW, modules: Mapping[str, nn.Module], saved: Mapping[str, Tensor]) -> None:
-    """Put back what `moments` gave; a parameter without a gradient has none."""
+    """Put back what `moments` gave, whole; a parameter without a gradient has none."""
     for part, module in modules.items():
         for name, parameter in module.named_parameters():
             if f"{part}.{name}.step" in saved:
                 optimizer.state[parameter] = optimizer.fresh(parameter)
                 for key, value in optimizer.state[parameter].items():
-                    value.copy_(saved[f"{part}.{name}.{key}"])
+                    value.copy_(shard(saved[f"{part}.{name}.{key}"], value))

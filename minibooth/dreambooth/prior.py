@@ -82,8 +82,9 @@ class ClassPictures(Drawings):
         self.outdated = [path.name for path in folder.glob("drawn-*") if path != self.folder]
         self.pictures = own + self.pictures
 
-    def draw(self, pipe: StableDiffusion) -> None:
-        """Draw the missing ones with the frozen pipeline."""
+    def draw(self, pipe: StableDiffusion, first: int = 0, step: int = 1) -> None:
+        """Draw the missing ones, from the `first` on every `step`-th, with the frozen pipeline."""
         if not self.folder.exists() and self.outdated:
             print(f"class pictures in {', '.join(self.outdated)} are of another prompt, model or setting: drawing anew")
+        self.missing = dict([*self.missing.items()][first::step])
         draw([self], pipe, self.settings.sample_batch_size, "class pictures")

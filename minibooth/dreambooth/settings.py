@@ -62,13 +62,13 @@ class Settings:
     lora_alpha: float | None = flag(None, "alpha of the LoRA, which works in strength alpha / rank; the rank")
     lora_dropout: float = flag(0.0, "share of a layer's inputs that its LoRA does not see in a training step")
     lora_targets: str = flag("attention", "layers: attention, or all linear ones and convolutions", choices=tuple(TARGETS))
-    train_batch_size: int = flag(4, "subject pictures a step (with prior preservation as many class pictures besides)")
+    train_batch_size: int = flag(4, "subject pictures a step and process; with prior preservation as many class pictures too")
     num_train_epochs: int = flag(1, "passes over the pictures, where --max_train_steps is not given")
     max_train_steps: int | None = flag(None, "steps in all")
     gradient_accumulation_steps: int = flag(1, "batches whose gradients are averaged into one step")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass, to save memory")
     learning_rate: float = flag(5e-6, "peak learning rate")
-    scale_lr: bool = flag(False, "multiply the learning rate by batch size and accumulation")
+    scale_lr: bool = flag(False, "multiply the learning rate by batch size, accumulation and processes")
     lr_scheduler: str = flag("constant", "course of the learning rate", choices=tuple(SCHEDULES))
     lr_warmup_steps: int = flag(500, "steps of linear warm-up (not for constant)")
     lr_num_cycles: int = flag(1, "restarts of cosine_with_restarts")
@@ -89,7 +89,11 @@ class Settings:
         None, "autocast; weights stay in fp32, but for --full_bf16", choices=("no", "fp16", "bf16")
     )
     allow_tf32: bool = flag(False, "TF32 matrix products on Ampere and later GPUs")
+    compile: str = flag("auto", "compile the step; auto: on a GPU, in a long run", choices=("auto", "on", "off"))
     device: str | None = flag(None, "cuda, mps or cpu; the best there")
+    parallel: str | None = flag(
+        None, "for many processes (torchrun): all weights in each, or a shard of them; ddp", choices=("ddp", "fsdp")
+    )
     checkpointing_steps: int = flag(500, "steps between checkpoints")
     checkpoints_total_limit: int | None = flag(None, "keep this many, the newest")
     resume_from_checkpoint: str | None = flag(None, 'a checkpoint-N folder, or "latest"')
@@ -97,6 +101,9 @@ class Settings:
     num_validation_images: int = flag(4, "pictures of each grid")
     validation_guidance_scale: float = flag(7.5, "how strictly its pictures follow the prompt")
     validation_steps: int = flag(100, "steps between grids")
+    metrics_model: str | None = flag(
+        None, "a CLIP or DINO, folder or owner/name: with each grid, its figures of subject and class go to metrics.jsonl"
+    )
     push_to_hub: bool = flag(False, "upload the result")
     hub_model_id: str | None = flag(None, "owner/name to upload to; the output folder's name")
     hub_token: str | None = flag(None, "the hub's token, if you are not logged in")
@@ -152,7 +159,10 @@ class Settings:
         silent = [f for f in given if f.metadata["help"].startswith("without effect")]
         return [f"--{f.name}: {f.metadata['help']}" for f in silent]
 
-    def steps(self, pictures: int) -> int:
+    def samples(self, processes: int) -> int:
+        """The subject's samples in a step."""
+        return self.train_batch_size * self.gradient_accumulation_steps * processes
+
+    def steps(self, pictures: int, processes: int) -> int:
         """Training steps, where an epoch is a pass over the larger of the two sets of pictures."""
-        batch = self.train_batch_size * self.gradient_accumulation_steps
-        return self.max_train_steps or self.num_train_epochs * math.ceil(pictures / batch)
+        return self.max_train_steps or self.num_train_epochs * math.ceil(pictures / self.samples(processes))

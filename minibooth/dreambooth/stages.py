@@ -76,6 +76,8 @@ class SuperResolution(TextToImage):
 
     def check(self, pictures: Sequence[Path], drawn: int = 0) -> None:
         (low, high), most, side = self.settings.noise_levels, self.pipe.max_noise_level, self.settings.resolution
+        if self.settings.metrics_model:
+            raise UserError("--metrics_model is for what a text-to-image model draws: an upscaler does without")
         if not 0 <= low <= high <= most:
             raise UserError(f"--noise_levels {low} {high}: give the lowest and the highest, from 0 to {most}")
         if drawn:

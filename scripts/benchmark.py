@@ -1,0 +1,304 @@
+"""Ours beside diffusers' modules as its train_dreambooth.py drives them: seconds, memory, pictures; and the floor.
+
+    python scripts/benchmark.py --model FOLDER --rows unet prior text lora draw load --precision fp32 bf16 --out figures.jsonl
+
+A row is one of ROWS; a side is `ours`, `reference` (batches read and encoded by VAE and text encoder at every step, accelerate,
+torch.optim.AdamW) or `floor` (the step's operations and bytes at the rates that the machine is measured to have). Either may
+carry flags of minibooth.train, and a side variables of the environment before its name:
+
+    --rows "unet --train_batch_size 8" --sides reference "THP_MEM_ALLOC_ENABLE=1 ours --full_bf16 --compile off" floor
+
+Two full trainings do not fit into memory together, so every measurement is a process of its own, and the sides take turns,
+--repeats times. Each leaves a line of JSON in --out as soon as it is done; the table has medians over all. A folder of
+configurations without weights gets random ones.
+
+What an H200 should show, in ten minutes; SD1 and SD2 are folders of models:
+
+    python scripts/benchmark.py --model SD1 --precision bf16 --steps 20 --repeats 1 --warm --budget 400 --out figures.jsonl \\
+        --rows "prior --train_batch_size 1" "unet --train_batch_size 8" "draw --train_batch_size 4" \\
+        --sides reference "reference --compile on" "ours --compile off" "ours --compile on" floor
+    python scripts/benchmark.py --model SD2 --precision bf16 --steps 20 --repeats 1 --out figures.jsonl \\
+        --rows "unet --train_batch_size 64" --sides "ours --compile on" floor
+"""
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import counting
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+import minibooth
+from minibooth import train
+from minibooth.command import DTYPES
+from minibooth.dreambooth import compiling
+from minibooth.dreambooth.prior import DRAWING
+from minibooth.dreambooth.settings import Settings
+from minibooth.dreambooth.trainer import Trainer
+
+ROWS = {  # what a step is, in flags
+    "unet": "",
+    "prior": "--with_prior_preservation",
+    "text": "--train_text_encoder",
+    "lora": "--rank 4 --learning_rate 1e-4",
+    "draw": "",  # a batch of pictures
+    "load": "",  # a pipeline, until every weight was read
+}
+PROMPTS = {"instance_prompt": "a photo of sks dog", "class_prompt": "a photo of dog"}
+Step = Callable[[int], None]
+
+
+def settings(job: dict[str, Any]) -> Settings:
+    """The run that a job describes."""
+    folder, (row, *flags) = Path(job["folder"]), shlex.split(job["row"])
+    named = PROMPTS | {name: str(folder / "pictures") for name in ("instance_data_dir", "class_data_dir")}
+    named |= {"pretrained_model_name_or_path": job["model"], "output_dir": str(folder / "run"), "num_class_images": 4}
+    named |= {"resolution": job["resolution"], "train_batch_size": job["batch"], "max_train_steps": job["steps"] + 1}
+    named |= {"mixed_precision": job["precision"].replace("fp32", "no"), "device": job["device"], "seed": 0}
+    words = [f"--{name}={value}" for name, value in named.items()]
+    return train.parse([*words, *shlex.split(ROWS[row]), *flags, *parts(job["side"])[2]])
+
+
+def parts(side: str) -> tuple[dict[str, str], str, list[str]]:
+    """A side as variables of the environment, its name, and flags."""
+    words = shlex.split(side)
+    variables = [*itertools.takewhile(lambda word: "=" in word, words)]
+    name, *flags = words[len(variables) :]
+    return dict(word.split("=", 1) for word in variables), name, flags
+
+
+def ours(s: Settings) -> Step:
+    """The trainer itself, ready for its first step."""
+    dtype = DTYPES[s.mixed_precision or "no"]
+    trainer = Trainer(s, torch.device(s.device or "cpu"), dtype, dtype)
+    trainer.prepare()
+
+    def step(n: int) -> None:
+        trainer.set_learning_rates(n)
+        trainer.step(n)
+
+    return step
+
+
+def reference(s: Settings) -> Step:
+    """train_dreambooth.py's loop (train_dreambooth_lora.py's, where a rank is given), ready for its first step."""
+    from accelerate import Accelerator
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    model, dtype = s.pretrained_model_name_or_path, DTYPES[s.mixed_precision or "no"]
+    how = {"dynamo_backend": "inductor"} if s.compile == "on" else {}
+    accelerator = Accelerator(mixed_precision=s.mixed_precision, cpu=s.device == "cpu", **how)
+    tokenizer = CLIPTokenizer.from_pretrained(model, subfolder="tokenizer")
+    scheduler = DDPMScheduler.from_pretrained(model, subfolder="scheduler")
+    text_encoder = CLIPTextModel.from_pretrained(model, subfolder="text_encoder").requires_grad_(s.train_text_encoder)
+    vae = AutoencoderKL.from_pretrained(model, subfolder="vae").requires_grad_(False)
+    unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
+    if s.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if s.rank:
+        from peft import LoraConfig
+
+        unet.requires_grad_(False).to(accelerator.device, dtype)
+        layers = ["to_k", "to_q", "to_v", "to_out.0"]
+        unet.add_adapter(LoraConfig(r=s.rank, lora_alpha=s.rank, init_lora_weights="gaussian", target_modules=layers))
+    trained = [unet, text_encoder] if s.train_text_encoder else [unet]
+    parameters = [p for network in trained for p in network.parameters() if p.requires_grad]
+    how = {"lr": s.learning_rate, "betas": (s.adam_beta1, s.adam_beta2), "weight_decay": s.adam_weight_decay}
+    optimizer = accelerator.prepare(torch.optim.AdamW(parameters, eps=s.adam_epsilon, **how))
+    trained = [accelerator.prepare(network).train() for network in trained]
+    unet, text_encoder = trained[0], trained[1] if s.train_text_encoder else text_encoder.to(accelerator.device, dtype)
+    vae.to(accelerator.device, dtype)
+
+    def example(n: int, prompt: str, folder: str | None) -> tuple[Tensor, Tensor]:
+        paths = sorted(Path(folder or "").iterdir())
+        picture = Image.open(paths[n % len(paths)]).convert("RGB").resize((s.resolution, s.resolution))
+        ids = tokenizer(prompt, truncation=True, padding="max_length", max_length=77, return_tensors="pt").input_ids
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1, ids
+
+    def step(n: int) -> None:
+        kinds = [(s.instance_prompt, s.instance_data_dir), (s.class_prompt, s.class_data_dir)][: 1 + s.with_prior_preservation]
+        examples = [example(n * s.train_batch_size + i, *kind) for kind in kinds for i in range(s.train_batch_size)]
+        pixels, ids = (torch.cat(column).to(accelerator.device) for column in zip(*examples, strict=True))
+        x0 = vae.encode(pixels.to(dtype)).latent_dist.sample() * vae.config.scaling_factor
+        noise = torch.randn_like(x0)
+        t = torch.randint(0, scheduler.config.num_train_timesteps, (len(x0),), device=x0.device)
+        context = text_encoder(ids, return_dict=False)[0]
+        prediction = unet(scheduler.add_noise(x0, noise, t), t, context, return_dict=False)[0]
+        velocity = scheduler.config.prediction_type == "v_prediction"
+        target = scheduler.get_velocity(x0, noise, t) if velocity else noise
+        halves = zip(prediction.chunk(len(kinds)), target.chunk(len(kinds)), strict=True)
+        loss = sum(F.mse_loss(found.float(), wanted.float()) for found, wanted in halves)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(parameters, s.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=s.set_grads_to_none)
+        loss.detach().item()
+
+    return step
+
+
+def opener(name: str) -> Callable[..., Any]:
+    """What reads a pipeline."""
+    if name == "ours":
+        return minibooth.load
+    from diffusers import DiffusionPipeline
+
+    return DiffusionPipeline.from_pretrained
+
+
+def draws(s: Settings, name: str, dtype: torch.dtype, steps: int) -> Step:
+    """Class pictures as either trainer draws them; the first time in two steps, to warm up."""
+    mine, prompts, side = name == "ours", [s.class_prompt] * s.train_batch_size, s.resolution
+    pipe = opener(name)(s.pretrained_model_name_or_path, **{"dtype" if mine else "torch_dtype": dtype})
+    for network in (pipe.unet, pipe.vae, pipe.text_encoder):
+        network.to(s.device)
+    if compiling.worth(s.compile, torch.device(s.device), steps) if mine else s.compile == "on":
+        pipe.unet.compile()
+
+    def step(n: int) -> None:
+        if mine:
+            pipe.generate(prompts, None, side, side, seed=0, **DRAWING | {"steps": steps if n else 2})
+        else:
+            pipe(prompts, height=side, width=side, num_inference_steps=steps if n else 2)
+
+    return step
+
+
+def loads(s: Settings, name: str) -> Step:
+    """A pipeline in the precision of its files, and a look at every page of its weights."""
+    load = opener(name)
+
+    def step(n: int) -> None:
+        pipe = load(s.pretrained_model_name_or_path)
+        for network in (pipe.unet, pipe.vae, pipe.text_encoder):
+            for x in network.parameters():
+                x.detach().view(-1)[::1024].sum()
+
+    return step
+
+
+def work(job: dict[str, Any]) -> dict[str, Any]:
+    """One measurement, in this process."""
+    s, row, name, dtype = settings(job), shlex.split(job["row"])[0], parts(job["side"])[1], DTYPES[job["precision"]]
+    pictures = {"pictures": s.train_batch_size * (1 + s.with_prior_preservation)} if row != "load" else {}
+    if name == "floor":
+        return counting.floor(s, dtype) | pictures
+    pipelines = {"draw": lambda: draws(s, name, dtype, job["draw_steps"]), "load": lambda: loads(s, name)}
+    step = pipelines[row]() if row in pipelines else {"ours": ours, "reference": reference}[name](s)
+    taken, first = [], 0.0
+    for n in range(2 if row in pipelines else 1 + job["steps"]):
+        taken.append(counting.seconds(lambda n=n: step(n), job["device"]))
+        first = first or time.time() - job["began"]
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    memory = torch.cuda.max_memory_allocated() if job["device"] == "cuda" else resident
+    return {"seconds": taken[1:], "first": first, "memory": memory} | pictures
+
+
+def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """One measurement in a process of its own: what `work` returns, or the error that ended it."""
+    command = [sys.executable, __file__, "--job", json.dumps(job | {"began": time.time()})]
+    done = subprocess.run(command, env=os.environ | parts(job["side"])[0], capture_output=True, text=True)
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or [f"ended by signal {-done.returncode}"])[-1]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def medians(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of one side's measurements of one row."""
+    good = [line for line in lines if "error" not in line]
+    columns = {name: [line[name] for line in good] for name in ("first", "memory", "pictures") if good and name in good[0]}
+    columns["seconds"] = [each for line in good for each in line["seconds"]]
+    return {name: median(values) for name, values in columns.items() if values}
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Medians by row, precision and side; beside them, how many times the reference's without flags they are."""
+    titles = ["row", "precision", "side", "seconds", "/ reference", "pictures/s", "peak GiB", "/ reference", "floor / seconds"]
+    rows = [[*titles, "seconds to the first step's end"], ["---"] * 10]
+    groups: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
+    for line in lines:
+        groups.setdefault((line["row"], line["precision"]), {}).setdefault(line["side"], []).append(line)
+    for key, sides in groups.items():
+        found = {side: medians(same) for side, same in sides.items()}
+        base, least = found.get("reference", {}), found.get("floor", {}).get("seconds")
+        for side, own in found.items():
+            taken, held, first = own.get("seconds"), own.get("memory"), own.get("first")
+            figures = [
+                (taken, 1, "{:.3f}"), (taken, base.get("seconds"), "{:.2f}"), (own.get("pictures"), taken, "{:.2f}"),
+                (held, 2**30, "{:.2f}"), (held, base.get("memory"), "{:.2f}"), (least, taken, "{:.2f}"), (first, 1, "{:.1f}"),
+            ]  # fmt: skip
+            cells = [how.format(value / unit) if value and unit else "" for value, unit, how in figures]
+            rows.append([*key, side, *(cells if own else [sides[side][0]["error"]])])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main() -> None:
+    """Every measurement, in turns, as long as the budget lasts; then the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, help="folder in the diffusers layout")
+    parser.add_argument("--rows", nargs="+", default=[*ROWS], help=", ".join(ROWS))
+    parser.add_argument("--sides", nargs="+", default=["reference", "ours", "floor"])
+    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=[*DTYPES])
+    parser.add_argument("--resolution", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=1, help="pictures of a step, and those drawn at a time")
+    parser.add_argument("--steps", type=int, default=3, help="steps of a measurement, after a first one that does not count")
+    parser.add_argument("--draw_steps", type=int, default=50, help="steps of drawing")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements of each row, side and precision")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no measurement begins")
+    parser.add_argument("--warm", action="store_true", help="fill the compile caches before, for all at the same time")
+    parser.add_argument("--out", type=Path, help="file of JSON lines to append to")
+    parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.job:
+        return print(json.dumps(work(args.job)))
+    began, lines = time.monotonic(), []
+    gpu = torch.cuda.get_device_name() if args.device == "cuda" else f"{os.cpu_count()} cores"
+    about = {"machine": f"{gpu}, {platform.machine()}", "torch": torch.__version__}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        (folder / "pictures").mkdir()
+        for n in range(4):
+            noise = np.random.default_rng(n).integers(0, 256, (args.resolution, args.resolution, 3), np.uint8)
+            Image.fromarray(noise).save(folder / "pictures" / f"{n}.png")
+        same = {name: getattr(args, name) for name in ("resolution", "batch", "steps", "draw_steps", "device")}
+        same |= {"model": str(counting.filled(args.model, folder)), "folder": temporary}
+        jobs = [
+            {"row": row, "precision": precision, "side": side, "repeat": repeat} | same
+            for repeat, precision, row, side in itertools.product(range(args.repeats), args.precision, args.rows, args.sides)
+            if parts(side)[1] != "floor" or shlex.split(row)[0] not in ("draw", "load")
+        ]
+        if args.warm:
+            compiled = [job for job in jobs if "--compile on" in job["side"] and not job["repeat"]]
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(measure, (job | {"steps": 1, "draw_steps": 2} for job in compiled)))
+        for job in jobs:
+            if time.monotonic() - began < args.budget:
+                lines.append(job | about | measure(job))
+                print(json.dumps(lines[-1]), flush=True)
+                if args.out:
+                    with args.out.open("a") as file:
+                        file.write(json.dumps(lines[-1]) + "\n")
+    print(table(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""What torch.compile makes of us: a step without breaks, few kernels at Stable Diffusion's real shapes, and equal numbers."""
+
+import functools
+
+import pytest
+import torch
+from comparing import error, normals
+from small_run import small, trainer, weights, with_class
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch._inductor import async_compile, metrics
+
+from minibooth.diffusion import samplers
+from minibooth.diffusion.scheduler import DDPMScheduler
+from minibooth.dreambooth import compiling
+from minibooth.dreambooth.objective import dreambooth_loss
+from minibooth.dreambooth.optimizer import BLOCK, code, update
+from minibooth.models import ops
+
+SHAPES = [(320, 64), (1920, 32), (2560, 16), (1280, 8)]  # channels and side, some of Stable Diffusion 1.4's at 512 pixels
+LATENT, T = (2, 4, 64, 64), torch.tensor([3, 700])
+SCHEDULER = DDPMScheduler({"_class_name": "DDPMScheduler", "prediction_type": "v_prediction"})
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path_factory, monkeypatch):
+    """Nothing that was compiled elsewhere counts here, and nothing is left behind."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "compiled"))
+    torch._dynamo.reset()
+    counters.clear()
+    metrics.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def norms(modules: nn.ModuleList, xs: list[Tensor], times: list[Tensor]) -> list[Tensor]:
+    """GroupNorm and SiLU after the shift by an embedded time, at every shape."""
+    return [ops.norm_silu(norm, x + time[..., None, None]) for norm, x, time in zip(modules, xs, times, strict=True)]
+
+
+def noised(x0: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """What the network sees, and what it should say."""
+    return SCHEDULER.add_noise(x0, noise, T), SCHEDULER.target(x0, noise, T)
+
+
+def loss(prediction: Tensor, target: Tensor) -> Tensor:
+    return dreambooth_loss(prediction, target, T, SCHEDULER, 1.0, 5.0)["loss"]
+
+
+def guided(x: Tensor, outputs: Tensor) -> Tensor:
+    """Classifier-free guidance and a step of ddim."""
+    x0, e = samplers._split(x, torch.lerp(*outputs.chunk(2), 7.5), 0.5, SCHEDULER)
+    return 0.8 * x0 + 0.6 * e
+
+
+def leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
+    return [normals(*shape, seed=seed).requires_grad_() for seed, shape in enumerate(shapes)]
+
+
+def of_norms(shapes) -> tuple:
+    modules = nn.ModuleList(nn.GroupNorm(32, channels) for channels, _ in shapes)
+    return modules, leaves(*((2, channels, side, side) for channels, side in shapes)), leaves(*((2, c) for c, _ in shapes))
+
+
+CASES = {  # an operation, its inputs, as Stable Diffusion has them and small ones, the most kernels forward and backward
+    "norm_silu": (norms, lambda: of_norms(SHAPES), lambda: of_norms([(64, 4), (32, 8)]), 6 * 4, 8 * 4),
+    "geglu": (ops.geglu, lambda: leaves((2, 4096, 2560)), lambda: leaves((2, 8, 64)), 1, 1),
+    "quick_gelu": (ops.quick_gelu, lambda: leaves((2, 77, 3072)), lambda: leaves((2, 7, 64)), 1, 1),
+    "noised": (noised, lambda: normals(2, *LATENT), lambda: normals(2, 2, 4, 8, 8), 1, 0),
+    "loss": (loss, lambda: leaves(LATENT, LATENT), lambda: leaves((2, 4, 8, 8), (2, 4, 8, 8)), 4, 3),
+    "guided": (guided, lambda: leaves(LATENT, (4, 4, 64, 64)), lambda: leaves((2, 4, 8, 8), (4, 4, 8, 8)), 1, 1),
+}
+
+
+def flat(values) -> list[Tensor]:
+    return [x for x in torch.utils._pytree.tree_leaves(values) if isinstance(x, Tensor) and x.requires_grad]
+
+
+def backward(values) -> None:
+    values = flat(values)
+    torch.autograd.backward(values, [value.detach() for value in values])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_operation_is_one_graph_of_few_kernels(name, monkeypatch):
+    """Kernels are counted as they are written, and not built."""
+    f, inputs, _, forward, back = CASES[name]
+    monkeypatch.setattr(async_compile.AsyncCompile, "cpp_pybinding", lambda self, *args, **options: lambda *tensors: None)
+    values = torch.compile(f, fullgraph=True, dynamic=False)(*inputs())
+    written = metrics.generated_kernel_count
+    backward(values)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert 1 <= written <= forward
+    assert 1 <= metrics.generated_kernel_count - written <= back
+
+
+def test_operations_have_the_numbers_of_their_eager_forms():
+    """All of them in one graph, values and gradients."""
+    made = {name: small() for name, (_, _, small, *_) in CASES.items()}
+
+    def every(inputs):
+        return [CASES[name][0](*each) for name, each in inputs.items()]
+
+    def found(f) -> list[Tensor]:
+        values = f(made)
+        backward(values)
+        gradients = [x.grad for x in flat(made)]
+        for x in flat(made):
+            x.grad = None
+        return [x.detach() for x in flat(values)] + gradients
+
+    pairs = zip(found(every), found(torch.compile(every, fullgraph=True)), strict=True)
+    assert max(error(ours, eager) for eager, ours in pairs) < 1e-5
+
+
+def test_the_update_has_its_eager_numbers():
+    """In bf16 with moments in 8 bits, where all of it is at work."""
+
+    def run(kernel) -> list[Tensor]:
+        p, g = normals(4 * BLOCK).bfloat16(), normals(4 * BLOCK, seed=1).bfloat16()
+        moments = [(torch.zeros(4 * BLOCK, dtype=torch.uint8), torch.zeros(4), *code(signed)) for signed in (True, False)]
+        for step in range(1, 4):
+            kernel(p, g, *moments, 1e-2 / step, 0.1 * step, 0.99, 0.9, 0.999, 1e-8, step)
+        return [p.float(), moments[0][1], moments[1][1]]
+
+    compiled = torch.compile(update, fullgraph=True, dynamic=True)
+    assert max(error(ours, eager) for eager, ours in zip(run(update), run(compiled), strict=True)) < 1e-2
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("more", [{}, {"train_text_encoder": True, "gradient_checkpointing": True, "snr_gamma": 5.0}])
+def test_a_compiled_run_is_the_eager_one(more, tmp_path, monkeypatch):
+    """As graphs of PyTorch's own operations: no breaks, nothing compiled after the first step, files with the same names."""
+    whole, in_place = torch.compile, nn.Module.compile
+    monkeypatch.setattr(torch, "compile", functools.partial(whole, backend="aot_eager"))
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: in_place(self, backend="aot_eager", **how))
+    losses, left = {}, {}
+    for mode in ("off", "on"):
+        run = trainer(small(tmp_path, compile=mode, output_dir=str(tmp_path / mode), **with_class(tmp_path), **more))
+        run.prepare()
+        losses[mode] = [run.step(0)["loss"]]
+        graphs = counters["stats"]["unique_graphs"]
+        losses[mode] += [run.step(step)["loss"] for step in (1, 2)]
+        run.save_checkpoint(3)
+        left[mode] = weights(tmp_path / mode / "checkpoint-3")
+    assert graphs == counters["stats"]["unique_graphs"] == (2 if more else 1)
+    assert not counters["graph_break"]
+    assert losses["on"] == pytest.approx(losses["off"], rel=1e-5)
+    assert left["on"].keys() == left["off"].keys()
+
+
+def test_it_pays_on_a_gpu_in_a_long_run(monkeypatch, capsys):
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: name)
+    monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: name)
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    decided = [compiling.worth(choice, *how) for choice in ("auto", "on", "off") for how in ((gpu, 800), (gpu, 20), (cpu, 800))]
+    assert decided == [True, False, False, True, True, True, False, False, False]
+    assert not capsys.readouterr().out
+
+
+def test_without_a_compiler_it_is_said_in_a_line(monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert not compiling.worth("on", torch.device("cpu"), 800)
+    assert capsys.readouterr().out == "not compiled, for lack of no-such-compiler: every step takes longer\n"
