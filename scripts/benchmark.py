@@ -8,9 +8,8 @@ carry flags of minibooth.train, and a side variables of the environment before i
 
     --rows "unet --train_batch_size 8" --sides reference "THP_MEM_ALLOC_ENABLE=1 ours --full_bf16 --compile off" floor
 
-Two full trainings do not fit into memory together, so every measurement is a process of its own, and the sides take turns,
---repeats times. Each leaves a line of JSON in --out as soon as it is done; the table has medians over all. A folder of
-configurations without weights gets random ones.
+Every measurement is a process of its own, and the sides take turns, --repeats times. Each leaves a line of JSON in --out as
+soon as it is done; the table has medians over all. A folder of configurations without weights gets random ones.
 
 What an H200 should show, in ten minutes; SD1 and SD2 are folders of models:
 
@@ -25,7 +24,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import resource
 import shlex
 import subprocess
@@ -231,8 +229,10 @@ def medians(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 def table(lines: list[dict[str, Any]]) -> str:
     """Medians by row, precision and side; beside them, how many times the reference's without flags they are."""
-    titles = ["row", "precision", "side", "seconds", "/ reference", "pictures/s", "peak GiB", "/ reference", "floor / seconds"]
-    rows = [[*titles, "seconds to the first step's end"], ["---"] * 10]
+    rows = [
+        ["row", "precision", "side", "seconds", "/ reference", "pictures/s", "GiB", "/ reference", "floor / seconds", "first"]
+    ]
+    rows.append(["---"] * 10)
     groups: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
     for line in lines:
         groups.setdefault((line["row"], line["precision"]), {}).setdefault(line["side"], []).append(line)
@@ -271,8 +271,7 @@ def main() -> None:
     if args.job:
         return print(json.dumps(work(args.job)))
     began, lines = time.monotonic(), []
-    gpu = torch.cuda.get_device_name() if args.device == "cuda" else f"{os.cpu_count()} cores"
-    about = {"machine": f"{gpu}, {platform.machine()}", "torch": torch.__version__}
+    machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{os.cpu_count()} cores"
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / "pictures").mkdir()
@@ -292,7 +291,7 @@ def main() -> None:
                 list(pool.map(measure, (job | {"steps": 1, "draw_steps": 2} for job in compiled)))
         for job in jobs:
             if time.monotonic() - began < args.budget:
-                lines.append(job | about | measure(job))
+                lines.append(job | {"machine": machine, "torch": torch.__version__} | measure(job))
                 print(json.dumps(lines[-1]), flush=True)
                 if args.out:
                     with args.out.open("a") as file:

@@ -63,7 +63,7 @@ def of_norms(shapes) -> tuple:
 
 
 CASES = {  # an operation, its inputs, as Stable Diffusion has them and small ones, the most kernels forward and backward
-    "norm_silu": (norms, lambda: of_norms(SHAPES), lambda: of_norms([(64, 4), (32, 8)]), 6 * 4, 8 * 4),
+    "norm_silu": (norms, lambda: of_norms(SHAPES), lambda: of_norms([(64, 4), (96, 8)]), 6 * 4, 8 * 4),
     "geglu": (ops.geglu, lambda: leaves((2, 4096, 2560)), lambda: leaves((2, 8, 64)), 1, 1),
     "quick_gelu": (ops.quick_gelu, lambda: leaves((2, 77, 3072)), lambda: leaves((2, 7, 64)), 1, 1),
     "noised": (noised, lambda: normals(2, *LATENT), lambda: normals(2, 2, 4, 8, 8), 1, 0),
@@ -77,8 +77,8 @@ def flat(values) -> list[Tensor]:
 
 
 def backward(values) -> None:
-    values = flat(values)
-    torch.autograd.backward(values, [value.detach() for value in values])
+    if values := flat(values):
+        torch.autograd.backward(values, [value.detach() for value in values])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -91,7 +91,7 @@ def test_an_operation_is_one_graph_of_few_kernels(name, monkeypatch):
     backward(values)
     assert counters["stats"]["unique_graphs"] == 1
     assert 1 <= written <= forward
-    assert 1 <= metrics.generated_kernel_count - written <= back
+    assert min(back, 1) <= metrics.generated_kernel_count - written <= back
 
 
 def test_operations_have_the_numbers_of_their_eager_forms():
@@ -138,6 +138,7 @@ def test_a_compiled_run_is_the_eager_one(more, tmp_path, monkeypatch):
     for mode in ("off", "on"):
         run = trainer(small(tmp_path, compile=mode, output_dir=str(tmp_path / mode), **with_class(tmp_path), **more))
         run.prepare()
+        run.set_learning_rates(0)
         losses[mode] = [run.step(0)["loss"]]
         graphs = counters["stats"]["unique_graphs"]
         losses[mode] += [run.step(step)["loss"] for step in (1, 2)]
@@ -147,6 +148,8 @@ def test_a_compiled_run_is_the_eager_one(more, tmp_path, monkeypatch):
     assert not counters["graph_break"]
     assert losses["on"] == pytest.approx(losses["off"], rel=1e-5)
     assert left["on"].keys() == left["off"].keys()
+    assert len({*losses["on"]}) == 3
+    assert max(error(left["on"][name], left["off"][name]) for name in left["on"]) < 1e-4
 
 
 def test_it_pays_on_a_gpu_in_a_long_run(monkeypatch, capsys):

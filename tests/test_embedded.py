@@ -9,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 from pretrain_clip import draw, family, triples
+from pretrain_x4 import shrunk
+from pretraining import psnr, to_batch
 from small_run import metrics, run, same_bits, train, trainer, weights
 from world import SUBJECTS, Scene
 
@@ -20,7 +22,6 @@ from minibooth.dreambooth.settings import Settings
 from minibooth.train import EMBEDDED, WEIGHTS, embedded
 
 CLIP = WEIGHTS / "tiny-clip"
-needs_eye = pytest.mark.skipif(not CLIP.is_dir(), reason="weights/tiny-clip is missing: scripts/pretrain_clip.py makes it")
 
 
 @pytest.fixture(scope="module")
@@ -99,15 +100,42 @@ def test_no_arguments_mean_the_embedded_run(tmp_path, capsys):
     assert embedded(Settings()).pretrained_model_name_or_path == str(WEIGHTS / "tiny")
     short = ["--max_train_steps=2", "--num_class_images=2", "--num_validation_images=1", f"--output_dir={tmp_path / 'out'}"]
     assert run(["--device=cpu", *short]) == 0
-    assert (tmp_path / "out" / "samples" / "before-after.png").is_file()
+    for step in (tmp_path / "out", tmp_path / "out" / "upscaler"):
+        assert (step / "samples" / "before-after.png").is_file() and (step / "model_index.json").is_file()
     told = json.loads((tmp_path / "out" / "run.json").read_text())["settings"]
     assert told["instance_prompt"] == "a photo of a zwx robot" and told["with_prior_preservation"]
     assert "python -m minibooth.generate --model" in capsys.readouterr().out
 
 
 def test_weights_stay_small():
-    for folder, most in ((WEIGHTS, 40e6), (WEIGHTS / "tiny", 20e6), (CLIP, 4e6)):
+    for folder, most in ((WEIGHTS, 40e6), (WEIGHTS / "tiny", 20e6), (WEIGHTS / "tiny-x4", 14e6), (CLIP, 4e6)):
         assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= most
+
+
+# ---- the embedded upscaler
+
+
+def test_the_upscaler_beats_bicubic_on_scenes_it_never_saw():
+    scenes = [Scene.random(np.random.default_rng([34, i])) for i in range(3)]
+    truth = np.stack([scene.draw(256) for scene in scenes])
+    low = [Image.fromarray(each) for each in shrunk(truth)]
+    how = dict(noise_level=0, steps=10, guidance_scale=1.0, seed=0)
+    drawn = minibooth.load(WEIGHTS / "tiny-x4").generate([scene.caption() for scene in scenes], low, **how)
+    bicubic = [each.resize((256, 256), Image.Resampling.BICUBIC) for each in low]
+    ours, usual = (psnr(to_batch(truth), to_batch(np.stack([*map(np.asarray, made)]))) for made in (drawn, bicubic))
+    assert ours > usual + 1.5
+
+
+def test_diffusers_opens_the_upscaler_and_draws_the_same():
+    theirs = diffusers.StableDiffusionUpscalePipeline.from_pretrained(
+        WEIGHTS / "tiny-x4", local_files_only=True, dtype=torch.float32
+    )
+    theirs.set_progress_bar_config(disable=True)
+    low = Image.fromarray(Scene.random(np.random.default_rng(35)).draw(64))
+    how = dict(num_inference_steps=4, guidance_scale=3.0, noise_level=10, generator=torch.Generator().manual_seed(6))
+    expected = theirs("a photo of a robot", low, **how).images[0]
+    got = minibooth.load(WEIGHTS / "tiny-x4").generate("a photo of a robot", low, 10, steps=4, guidance_scale=3.0, seed=6)[0]
+    assert np.abs(np.asarray(got, int) - np.asarray(expected, int)).max() <= 2
 
 
 # ---- the embedded eye
@@ -122,21 +150,18 @@ def test_the_eye_is_trained_on_other_characters_each_twice_in_the_same_two_place
             assert mark is same and (one.colour, one.pattern) == (other.colour, other.pattern) and one.place != other.place
 
 
-@needs_eye
 def test_the_eye_knows_subjects_it_never_saw(eyes):
     anchor, same, there, here = (eyes.images(draw(column)) for column in zip(*triples(25), strict=True))
     near, far, close = (torch.cosine_similarity(anchor, each) for each in (same, there, here))
     assert (near > far).float().mean() >= 0.95 and (near > close).float().mean() >= 0.9
 
 
-@needs_eye
 def test_the_eye_knows_captions_from_shuffled_ones(eyes):
     scenes = [Scene.random(np.random.default_rng([33, i])) for i in range(100)]
     fit = cosines(eyes.images(draw(scenes)), eyes.texts([scene.caption() for scene in scenes]))
     assert (fit.diagonal()[:, None] >= fit).float().mean() >= 0.97
 
 
-@needs_eye
 def test_transformers_opens_the_eye_and_sees_the_same(eyes):
     transformers = pytest.importorskip("transformers")
     model, info = transformers.CLIPModel.from_pretrained(
@@ -152,7 +177,6 @@ def test_transformers_opens_the_eye_and_sees_the_same(eyes):
     assert torch.allclose(eyes.texts(prompts), texts, atol=1e-5) and torch.allclose(eyes.images(pictures), images, atol=1e-5)
 
 
-@needs_eye
 def test_the_embedded_run_is_watched_and_its_model_is_evaluated_without_another_word(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(stages.VALIDATION, "steps", 2)
     watched = dict(validation_prompt="a photo of a zwx robot", num_validation_images=2, with_prior_preservation=False)

@@ -66,6 +66,11 @@ def difference(one: Image.Image, other: Image.Image) -> int:
     return np.abs(np.asarray(one, int) - np.asarray(other, int)).max()
 
 
+def test_guidance_is_a_setting(preserving):
+    drawn = [Image.open(draw(preserving(num_class_images=1, class_guidance_scale=scale)).pictures[0]) for scale in (7.5, 1.0)]
+    assert difference(*drawn) > 1
+
+
 def test_the_manifest_says_what_they_depend_on(preserving):
     planned = draw(preserving())
     manifest = json.loads((planned.folder / "manifest.json").read_text())

@@ -1,13 +1,9 @@
 """The toy world: a scene is a picture and a caption that agree, and no random one shows what a subject alone has."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from world import ACCESSORIES, CLASSES, COLOURS, PATTERNS, PHOTOGRAPHED, PLACES, SUBJECTS, Scene, subject_scene, write_subjects
 
 

@@ -76,8 +76,9 @@ class ClassPictures(Drawings):
         self.settings = settings
         folder = Path(settings.class_data_dir or Path(settings.output_dir) / "class")
         own = find_pictures(folder)[0] if folder.is_dir() and any(map(is_picture, folder.iterdir())) else []
-        prompt = {"prompt": settings.class_prompt, "resolution": settings.resolution}
-        manifest = prompt | origin(source, source.weights, dtype) | DRAWING
+        chosen = {"prompt": settings.class_prompt, "resolution": settings.resolution}
+        chosen |= {"guidance_scale": settings.class_guidance_scale}
+        manifest = origin(source, source.weights, dtype) | DRAWING | chosen
         super().__init__(folder, manifest, settings.num_class_images - len(own))
         self.outdated = [path.name for path in folder.glob("drawn-*") if path != self.folder]
         self.pictures = own + self.pictures

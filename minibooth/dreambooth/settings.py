@@ -41,6 +41,7 @@ class Settings:
     prior_generation_precision: str | None = flag(
         None, "for class pictures; fp16 on a GPU", choices=("no", "fp32", "fp16", "bf16")
     )
+    class_guidance_scale: float = flag(7.5, "how strictly drawn class pictures follow their prompt")
     stage: str | None = flag(None, "what is trained; as the model is", choices=("text_to_image", "super_resolution"))
     upscaler: str = flag("", "an x4-upscaler to train afterwards on the same photographs: OUTPUT_DIR/upscaler")
     noise_levels: tuple[int, int] = flag((0, 0), "noise on the small pictures that an upscaler is shown; the model had 0 349")
@@ -146,6 +147,8 @@ class Settings:
             "--fused_backward_pass never has all gradients at once, to clip them: add --max_grad_norm 0":
                 once and self.max_grad_norm,
             "--fused_backward_pass keeps no gradients to accumulate: take a larger --train_batch_size": once and accumulated,
+            "--compile on makes one graph of a step, and --parallel fsdp parts: leave it out":
+                self.compile == "on" and self.parallel == "fsdp",
             "--fused_backward_pass cannot take back an update that overflowed in fp16: use --mixed_precision bf16":
                 once and self.mixed_precision == "fp16",
         }  # fmt: skip

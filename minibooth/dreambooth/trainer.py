@@ -41,7 +41,7 @@ from minibooth.dreambooth.metrics import Watch
 from minibooth.dreambooth.objective import dreambooth_loss
 from minibooth.dreambooth.optimizer import BLOCK, AdamW, moments, restore
 from minibooth.dreambooth.parallel import BLOCKS, Ranks
-from minibooth.dreambooth.prior import ClassPictures
+from minibooth.dreambooth.prior import DRAWING, ClassPictures
 from minibooth.dreambooth.settings import Settings
 from minibooth.errors import UserError
 from minibooth.models import lora
@@ -111,7 +111,11 @@ class Trainer:
         s = self.settings
         if s.with_prior_preservation and self.prior.missing:
             self.ranks.wait()  # until all know what is missing
-            self.prior.draw(load(self.pipe.source, self.prior_dtype, self.device), self.ranks.number, self.ranks.count)
+            pipe = load(self.pipe.source, self.prior_dtype, self.device)
+            if compiling.worth(s.compile, self.device, DRAWING["steps"] * len(self.prior.missing) // s.sample_batch_size):
+                pipe.unet.compile()
+            self.prior.draw(pipe, self.ranks.number, self.ranks.count)
+            del pipe
             self.ranks.wait()
         for name in self.pipe.networks:
             self.place(name, trains=name in self.trained)
@@ -135,6 +139,7 @@ class Trainer:
 
     def compile(self) -> None:
         """From now on a step is few graphs: a text encoder, where it trains; add noise, ask the UNet, compare; the update."""
+        torch._dynamo.config.optimize_ddp = not self.settings.gradient_checkpointing  # it cannot cut such a graph
         for name in self.trained.keys() & self.texts:
             getattr(self.pipe, name).compile(fullgraph=True, dynamic=False)
         self.objective = torch.compile(self.objective, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
