@@ -59,6 +59,7 @@ ROWS = {  # what a step is, in flags
     "draw": "",  # a batch of pictures
     "load": "",  # a pipeline, until every weight was read
 }
+TITLES = ["row", "precision", "side", "seconds", "/ reference", "pictures/s", "GiB", "/ reference", "floor / seconds", "first"]
 PROMPTS = {"instance_prompt": "a photo of sks dog", "class_prompt": "a photo of dog"}
 Step = Callable[[int], None]
 
@@ -229,10 +230,7 @@ def medians(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 def table(lines: list[dict[str, Any]]) -> str:
     """Medians by row, precision and side; beside them, how many times the reference's without flags they are."""
-    rows = [
-        ["row", "precision", "side", "seconds", "/ reference", "pictures/s", "GiB", "/ reference", "floor / seconds", "first"]
-    ]
-    rows.append(["---"] * 10)
+    rows = [TITLES, ["---"] * len(TITLES)]
     groups: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
     for line in lines:
         groups.setdefault((line["row"], line["precision"]), {}).setdefault(line["side"], []).append(line)
