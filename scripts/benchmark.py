@@ -206,7 +206,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     for n in range(2 if row in pipelines else 1 + job["steps"]):
         taken.append(counting.seconds(lambda n=n: step(n), job["device"]))
         first = first or time.time() - job["began"]
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # as Linux counts it
     memory = torch.cuda.max_memory_allocated() if job["device"] == "cuda" else resident
     return {"seconds": taken[1:], "first": first, "memory": memory} | pictures
 
@@ -262,8 +262,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each row, side and precision")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no measurement begins")
-    parser.add_argument("--warm", action="store_true", help="fill the compile caches before, for all at the same time")
-    parser.add_argument("--out", type=Path, help="file of JSON lines to append to")
+    parser.add_argument("--warm", action="store_true", help="fill the compile caches before, for all at a time")
+    parser.add_argument("--out", type=Path, default=Path(os.devnull), help="file of JSON lines to append to")
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
@@ -286,14 +286,13 @@ def main() -> None:
         if args.warm:
             compiled = [job for job in jobs if "--compile on" in job["side"] and not job["repeat"]]
             with ThreadPoolExecutor() as pool:
-                list(pool.map(measure, (job | {"steps": 1, "draw_steps": 2} for job in compiled)))
+                pool.map(measure, (job | {"steps": 1, "draw_steps": 2} for job in compiled))
         for job in jobs:
             if time.monotonic() - began < args.budget:
                 lines.append(job | {"machine": machine, "torch": torch.__version__} | measure(job))
                 print(json.dumps(lines[-1]), flush=True)
-                if args.out:
-                    with args.out.open("a") as file:
-                        file.write(json.dumps(lines[-1]) + "\n")
+                with args.out.open("a") as file:
+                    file.write(json.dumps(lines[-1]) + "\n")
     print(table(lines))
 
 
