@@ -5,7 +5,6 @@ import pytest
 import torch
 from PIL import Image
 
-import minibooth
 from minibooth import __main__, command, drawing, generate
 from minibooth.errors import UserError
 
@@ -177,26 +176,3 @@ def test_the_package_lists_its_commands(capsys):
     for name, line in dict(__main__.commands()).items():
         assert f"python -m minibooth.{name}" in listed and line and line in listed
     assert "generate" in dict(__main__.commands()) and "command" not in dict(__main__.commands())
-
-
-def test_without_a_negative_prompt_xl_is_guided_away_from_zeros(sdxl, tmp_path):
-    flags = [
-        "--model",
-        str(sdxl),
-        "--output_dir",
-        str(tmp_path),
-        "--height",
-        "32",
-        "--width",
-        "32",
-        "--steps",
-        "2",
-        "--seed",
-        "4",
-    ]
-    generate.main([*flags, "--prompt", "a dog"])
-    how = dict(height=32, width=32, steps=2, seed=4)
-    zeros, empty = (minibooth.load(sdxl).generate(["a dog"], negative, **how)[0] for negative in (None, ""))
-    zeros.save(tmp_path / "zeros.png")
-    empty.save(tmp_path / "empty.png")
-    assert same(tmp_path / "0000.png", tmp_path / "zeros.png") and not same(tmp_path / "0000.png", tmp_path / "empty.png")
