@@ -11,6 +11,7 @@ import torch
 
 from minibooth.errors import UserError
 
+WEIGHTS = Path(__file__).resolve().parents[1] / "weights"  # the repository's own models and pictures
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 USERS_ERRNO = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR}
 

@@ -8,13 +8,13 @@ from typing import Any
 from PIL import Image
 
 from minibooth import command
+from minibooth.command import WEIGHTS
 from minibooth.diffusion import load
 from minibooth.diffusion.images import save_png
 from minibooth.diffusion.pipeline import Pipeline
 from minibooth.diffusion.samplers import SAMPLERS
 from minibooth.errors import UserError
 
-WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 # The samplers as AUTOMATIC1111's web interface calls them, which reads a picture's settings from its "parameters".
 A1111 = {
     "ddpm": "DDPM", "ddim": "DDIM", "pndm": "PLMS", "euler": "Euler", "euler_a": "Euler a", "dpmpp_2m": "DPM++ 2M",

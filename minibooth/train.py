@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 from minibooth import command
+from minibooth.command import WEIGHTS
 from minibooth.dreambooth import hub, parallel
 from minibooth.dreambooth.parallel import Ranks
 from minibooth.dreambooth.settings import Settings
 from minibooth.dreambooth.trainer import Trainer
 
-WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 # The run on the repository's own small model, where neither a model nor photographs are named.
 EMBEDDED: dict[str, typing.Any] = {
     "pretrained_model_name_or_path": str(WEIGHTS / "tiny"),

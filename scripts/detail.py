@@ -67,22 +67,23 @@ def distance(layers: nn.Sequential, x: Tensor, y: Tensor) -> float:
     return mean(total)
 
 
-def enlarged(out: Path, variant: str, name: str, low: Sequence[Image.Image], level: int) -> list[Image.Image]:
-    """The small pictures, four times as large, by one of VARIANTS; trained first, if that has not been done."""
+def enlarged(out: Path, variant: str, name: str, low: Sequence[Image.Image]) -> list[list[Image.Image]]:
+    """The small pictures at each of LEVELS, four times as large, by one of VARIANTS; trained first, if that was not done."""
     changes, folder = VARIANTS[variant], out / f"{variant.replace(', ', '-').replace(' ', '-')}-{name}"
     if changes is not None and not (folder / "model_index.json").exists():
         train(folder, name, changes)
     upscaler = minibooth.load(WEIGHTS / "tiny-x4" if changes is None else folder)
-    return upscaler.generate([prompt(name)], low, noise_level=level, **DRAWING)
+    return [upscaler.generate([prompt(name)], low, noise_level=level, **DRAWING) for level in LEVELS]
 
 
 @torch.no_grad()
-def compare(judge: judges.Judge, pictures: Sequence[Image.Image], scenes: Sequence[Scene]) -> tuple[float, float]:
+def compare(
+    judge: judges.Judge, pictures: Sequence[Image.Image], truth: Sequence[Image.Image], scenes: Sequence[Scene]
+) -> tuple[float, float]:
     """PSNR and distance over the regions of the marks."""
     figures = []
-    for picture, scene in zip(pictures, scenes, strict=True):
-        left, top, right, bottom = scene.mark_box(SIZE)
-        x, y = (to_tensor(each)[None, :, top:bottom, left:right] for each in (picture, Image.fromarray(scene.draw(SIZE))))
+    for *pair, scene in zip(pictures, truth, scenes, strict=True):
+        x, y = (to_tensor(each.crop(scene.mark_box(SIZE)))[None] for each in pair)
         figures.append((psnr(x, y), distance(judge.features, x, y)))
     first, second = map(mean, zip(*figures, strict=True))
     return first, second
@@ -101,17 +102,15 @@ def main() -> None:
     rows = []
     for number, name in enumerate(args.subjects):
         scenes = [subject_scene(name, np.random.default_rng([SEED, number, i])) for i in range(args.scenes)]
-        truth = np.stack([scene.draw(SIZE) for scene in scenes])
-        low = [Image.fromarray(each) for each in shrunk(truth)]
+        drawn = np.stack([scene.draw(SIZE) for scene in scenes])
+        truth, low = ([*map(Image.fromarray, images)] for images in (drawn, shrunk(drawn)))
         made = {"bicubic": [[each.resize((SIZE, SIZE), Image.Resampling.BICUBIC) for each in low]] * len(LEVELS)}
-        made |= {variant: [enlarged(args.out, variant, name, low, level) for level in LEVELS] for variant in VARIANTS}
+        made |= {variant: enlarged(args.out, variant, name, low) for variant in VARIANTS}
         for variant, sets in made.items():
-            found = tuple(figure for pictures in sets for figure in compare(judge, pictures, scenes))
+            found = tuple(figure for pictures in sets for figure in compare(judge, pictures, truth, scenes))
             figures.setdefault(variant, []).append(found)
         box = scenes[0].mark_box(SIZE)
-        rows += [
-            each.crop(box).resize((192, 192)) for each in (*(sets[0][0] for sets in made.values()), Image.fromarray(truth[0]))
-        ]
+        rows += [each.crop(box).resize((192, 192)) for each in (*(sets[0][0] for sets in made.values()), truth[0])]
     head = "".join(f" PSNR, level {level} | distance, level {level} |" for level in LEVELS)
     lines = [f"| |{head}", "|---" * (1 + 2 * len(LEVELS)) + "|"]
     for variant, found in figures.items():

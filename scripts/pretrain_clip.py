@@ -12,7 +12,6 @@ Shapes: B pictures, two of a character side by side, P width of an embedding, N 
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -23,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from judge import soften
 from PIL import Image
-from pretraining import Training, start_at_zero, to_batch
+from pretraining import Training, begun, start_at_zero, to_batch
 from torch import Tensor, nn
 from world import ACCESSORIES, CLASSES, COLOURS, PATTERNS, PLACES, SUBJECTS, Mark, Rng, Scene, subject_scene
 
@@ -204,12 +203,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for pictures and training state")
     parser.add_argument("--tokenizer", type=Path, default=Path("weights/tiny/tokenizer"), help="the vocabulary's folder")
     parser.add_argument("--minutes", type=float, default=12, help="all calls (default 12)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="processor cores to use (default all)")
-    args = parser.parse_args()
+    args = begun(parser, SEED)
 
-    torch.manual_seed(SEED)
-    torch.set_num_threads(1)  # threads share out the batch instead (Training)
-    args.work.mkdir(parents=True, exist_ok=True)
     tokens = {path.name: path.read_bytes() for path in args.tokenizer.iterdir()}
     tokenizer = Tokenizer.from_files(tokens)
     words = {

@@ -12,7 +12,6 @@ Shapes: B batch, N scenes, Z latent channels, h x w latent size.
 
 import argparse
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from pretraining import Training, averages, export, noised, psnr, start_at_zero, to_batch, weighted
+from pretraining import Training, averages, begun, export, noised, psnr, start_at_zero, to_batch, weighted
 from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
@@ -239,8 +238,9 @@ def trained_vae(work: Path) -> VAE:
 # --- UNet and text encoder -------------------------------------------------------------------------------------------
 
 
-def new_generator(vocabulary: int) -> nn.ModuleDict:
-    """Both networks, fresh."""
+def new_generator(tokens: dict[str, bytes]) -> nn.ModuleDict:
+    """Both networks, fresh, for a tokenizer's files."""
+    vocabulary = len(json.loads(tokens["vocab.json"]))
     text = CLIPText(CLIPTextConfig.from_dict(CONFIGS["text_encoder"] | {"vocab_size": vocabulary}))
     nn.init.normal_(text.text_model.embeddings.token_embedding.weight, std=0.1)
     nn.init.normal_(text.text_model.embeddings.position_embedding.weight, std=0.02)
@@ -262,7 +262,7 @@ def train_generator(args: argparse.Namespace, scenes: list[Scene], tokens: dict[
     work, device = args.work, args.device
     latents, tokenizer = load_file(work / "latents.safetensors"), Tokenizer.from_files(tokens)
     scheduler, batch = DDPMScheduler.from_config(CONFIGS["scheduler"]), 48 if device.type == "cpu" else 256
-    networks = new_generator(len(json.loads(tokens["vocab.json"]))).to(device)
+    networks = new_generator(tokens).to(device)
     training = Training(work / "generator.safetensors", networks, generator_loss, 0.02, args.minutes, args.threads)
     vae = trained_vae(work)
     scale = vae.config.scaling_factor
@@ -309,11 +309,8 @@ def main() -> None:
     parser.add_argument("--decoder-minutes", type=float, default=15, help="its decoder alone, all calls (default 15)")
     parser.add_argument("--scenes", type=int, default=40_000, help="how many to draw (default 40000)")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu (default) or cuda")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="processor cores to use (default all)")
-    args = parser.parse_args()
+    args = begun(parser, SEED)
 
-    torch.manual_seed(SEED)
-    torch.set_num_threads(1)  # threads share out the batch instead (Training)
     scenes = render_all(args.work / "scenes", args.scenes, args.threads)
     if not (vocabulary := args.work / "tokenizer").exists():
         learn_vocabulary(vocabulary, [scene.caption(np.random.default_rng(i)) for i, scene in enumerate(scenes[:5000])])

@@ -11,7 +11,6 @@ Shapes: B batch, N scenes, C crop, Z latent channels, h x w latent size.
 
 import argparse
 import math
-import os
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 import pretrain_tiny as tiny
 import torch
 from PIL import Image
-from pretraining import Training, averages, export, noised, psnr, start_at_zero, to_batch, weighted
+from pretraining import Training, averages, begun, export, noised, psnr, start_at_zero, to_batch, weighted
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from world import Scene
@@ -111,7 +110,7 @@ def prepare(args: argparse.Namespace, images: np.ndarray, scenes: list[Scene], t
 
 def tiny_networks(args: argparse.Namespace, tokens: dict[str, bytes]) -> nn.ModuleDict:
     """UNet and text encoder of the tiny model."""
-    networks = tiny.new_generator(len(tiny.json.loads(tokens["vocab.json"])))
+    networks = tiny.new_generator(tokens)
     networks.load_state_dict(averages(args.tiny / "generator.safetensors"))
     return networks
 
@@ -176,12 +175,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=40, help="the UNet, all calls (default 40)")
     parser.add_argument("--vae-minutes", type=float, default=8, help="the VAE, all calls (default 8)")
     parser.add_argument("--scenes", type=int, default=1500, help="how many to draw (default 1500)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="processor cores to use (default all)")
-    args = parser.parse_args()
+    args = begun(parser, SEED)
 
-    torch.manual_seed(SEED)
-    torch.set_num_threads(1)  # threads share out the batch instead (Training)
-    args.work.mkdir(parents=True, exist_ok=True)
     scenes = [Scene.random(np.random.default_rng([SEED, i])) for i in range(args.scenes)]
     with ProcessPoolExecutor(args.threads) as pool:
         images = np.stack(list(pool.map(Scene.draw, scenes, repeat(SIZE), chunksize=20)))

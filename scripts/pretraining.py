@@ -3,8 +3,10 @@
 Shapes: B batch, H x W picture size.
 """
 
+import argparse
 import copy
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +29,16 @@ CLASSES = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
+
+
+def begun(parser: argparse.ArgumentParser, seed: int) -> argparse.Namespace:
+    """The script's flags, --threads among them, with PyTorch seeded and a thread to each operation."""
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="processor cores to use (default all)")
+    args = parser.parse_args()
+    torch.manual_seed(seed)
+    torch.set_num_threads(1)  # threads share out the batch instead (Training)
+    args.work.mkdir(parents=True, exist_ok=True)
+    return args
 
 
 def to_batch(images: np.ndarray) -> Tensor:
