@@ -39,9 +39,9 @@ from minibooth.diffusion.images import grid, save_png, to_tensor
 from minibooth.diffusion.text_to_image import StableDiffusion
 from minibooth.dreambooth.data import find_pictures, open_picture
 from minibooth.dreambooth.metrics import Eyes, agreement, ceiling, likeness
+from minibooth.dreambooth.parallel import Ranks
 from minibooth.dreambooth.settings import Settings
-from minibooth.dreambooth.trainer import Trainer
-from minibooth.train import EMBEDDED, WEIGHTS
+from minibooth.train import EMBEDDED, WEIGHTS, trainer
 
 Changes = dict[str, Any] | None  # settings that differ from the default run's, `noun` and `pictures`; None: untrained
 LORA = {"rank": 8, "learning_rate": 3e-3, "text_encoder_lr": 3e-3}
@@ -87,8 +87,7 @@ def train(folder: Path, name: str, seed: int, changes: dict[str, Any], few_steps
         "output_dir": str(folder), "validation_prompt": None, "resume_from_checkpoint": "latest",
     }  # fmt: skip
     settings = {key: value for key, value in changes.items() if key not in ("noun", "pictures")}
-    run = Settings(**(EMBEDDED | own | settings | few_steps))
-    Trainer(run, torch.device("cpu"), torch.float32, torch.float32).train()
+    trainer(Settings(**(EMBEDDED | own | settings | few_steps)), Ranks(torch.device("cpu"))).train()
 
 
 def draw(pipe: StableDiffusion, asked: Sequence[str], seed: int) -> list[Image.Image]:

@@ -47,9 +47,9 @@ import minibooth
 from minibooth import train
 from minibooth.command import DTYPES
 from minibooth.dreambooth import compiling
+from minibooth.dreambooth.parallel import Ranks
 from minibooth.dreambooth.prior import DRAWING
 from minibooth.dreambooth.settings import Settings
-from minibooth.dreambooth.trainer import Trainer
 
 ROWS = {  # what a step is, in flags
     "unet": "",
@@ -85,8 +85,7 @@ def parts(side: str) -> tuple[dict[str, str], str, list[str]]:
 
 def ours(s: Settings) -> Step:
     """The trainer itself, ready for its first step."""
-    dtype = DTYPES[s.mixed_precision or "no"]
-    trainer = Trainer(s, torch.device(s.device or "cpu"), dtype, dtype)
+    trainer = train.trainer(s, Ranks(torch.device(s.device or "cpu")))
     trainer.prepare()
 
     def step(n: int) -> None:

@@ -31,9 +31,9 @@ from world import SUBJECTS, Scene, subject_scene
 
 import minibooth
 from minibooth.diffusion.images import grid, to_tensor
+from minibooth.dreambooth.parallel import Ranks
 from minibooth.dreambooth.settings import Settings
-from minibooth.dreambooth.trainer import Trainer
-from minibooth.train import EMBEDDED, WEIGHTS, second
+from minibooth.train import EMBEDDED, WEIGHTS, second, trainer
 
 SIZE, LEVELS, SEED = 256, (0, 20), 7
 VARIANTS: dict[str, dict | None] = {  # what differs from the default run's second step; None: not tuned
@@ -49,7 +49,7 @@ def train(folder: Path, name: str, changes: dict) -> None:
     own = {"instance_data_dir": str(WEIGHTS / "subject" / name), "output_dir": str(folder), "seed": SEED}
     words = {"instance_prompt": prompt(name), "validation_prompt": None}
     settings = replace(second(Settings(**EMBEDDED)), **own, **words, **changes)
-    Trainer(settings, torch.device("cpu"), torch.float32, torch.float32).train()
+    trainer(settings, Ranks(torch.device("cpu"))).train()
 
 
 def prompt(name: str) -> str:
