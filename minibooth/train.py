@@ -113,7 +113,7 @@ def train(settings: Settings, ranks: Ranks) -> tuple[str, str]:
         hub.push(settings, repository)
         print(f"uploaded to {repository}")
     lora = f"{settings.pretrained_model_name_or_path} --lora {settings.output_dir}"
-    return run.stage.use, lora if settings.rank else str(run.result)
+    return run.stage.use, lora if settings.rank else str(run.weights.result)
 
 
 def main(argv: Sequence[str]) -> None:

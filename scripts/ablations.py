@@ -30,6 +30,7 @@ import judge as judges
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from tables import markdown
 from world import ACCESSORIES, CLASSES, PHOTOGRAPHED, PLACES, SUBJECTS
 
 import minibooth
@@ -154,11 +155,11 @@ def run(
 def table(rows: dict[str, list[dict[str, float]]]) -> str:
     """Markdown: a row's mean and standard deviation of each figure."""
     columns = [*next(iter(rows.values()))[0]]
-    lines = [["", *columns], ["---"] * (1 + len(columns))]
+    lines = []
     for label, runs in rows.items():
         values = [[each[column] for each in runs] for column in columns]
         lines.append([label, *(f"{mean(each):.2f} ± {pstdev(each):.2f}" for each in values)])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown(["", *columns], lines)
 
 
 def labelled(sheet: Path, words: str) -> Image.Image:
@@ -197,8 +198,8 @@ def main() -> None:
                     f"{folder.name}: {len(wanted) - todo} of {len(wanted)} runs done, some {left:.0f} minutes to go", flush=True
                 )
             rows[label].append(files.read_json(folder / "figures.json"))
-        (args.out / f"{key}.md").write_text(text := table(rows))
-        print(f"\n{text}")
+        (args.out / f"{key}.md").write_text(f"{(text := table(rows))}\n")
+        print(f"\n{text}\n")
         first = [(f"{name}, {label}", folder_of(args.out, name, args.seeds[0], changes))
                  for name, (label, changes) in product(args.subjects, TABLES[key].items())]  # fmt: skip
         save_png(grid([labelled(folder / "sheet.png", words) for words, folder in first], 1), args.out / f"{key}.png", {})

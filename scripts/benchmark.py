@@ -41,6 +41,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tables import markdown
 from torch import Tensor
 
 import minibooth
@@ -229,7 +230,7 @@ def medians(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 def table(lines: list[dict[str, Any]]) -> str:
     """Medians by row, precision and side; beside them, how many times the reference's without flags they are."""
-    rows = [TITLES, ["---"] * len(TITLES)]
+    rows = []
     groups: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
     for line in lines:
         groups.setdefault((line["row"], line["precision"]), {}).setdefault(line["side"], []).append(line)
@@ -244,7 +245,7 @@ def table(lines: list[dict[str, Any]]) -> str:
             ]  # fmt: skip
             cells = [how.format(value / unit) if value and unit else "" for value, unit, how in figures]
             rows.append([*key, side, *(cells if own else [sides[side][0]["error"]])])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(TITLES, rows)
 
 
 def main() -> None:

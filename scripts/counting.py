@@ -2,7 +2,8 @@
 
     python scripts/counting.py --pretrained_model_name_or_path FOLDER --resolution 512 [flags of minibooth.train]
 
-Runs two steps, optimizer included, as a GPU with flash attention would under autocast to bf16, and prints the second's peak.
+Runs two steps, optimizer included, as a GPU with flash attention would in bf16 (under autocast, but with --full_bf16), and
+prints the second's peak.
 Besides it a process on a GPU holds CUDA's own memory (about half a GiB) and what its allocator loses to fragments.
 """
 
@@ -28,13 +29,11 @@ from minibooth import train
 from minibooth.checkpoint.load import COMPONENTS, KINDS, Source
 from minibooth.dreambooth.optimizer import AdamW
 from minibooth.dreambooth.settings import Settings
-from minibooth.dreambooth.trainer import recompute_activations
+from minibooth.dreambooth.weights import recompute_activations
 from minibooth.models import lora
 
-KERNELS = {  # what autocast to bf16 computes in
-    torch.bfloat16: ("conv2d", "linear", "scaled_dot_product_attention"),
-    torch.float32: ("group_norm", "layer_norm"),
-}
+PRODUCTS = "conv2d", "linear", "scaled_dot_product_attention"  # what autocast does in bf16, and what in fp32
+NORMS = "group_norm", "layer_norm"
 
 
 def described(folder: Path) -> Source:
@@ -71,15 +70,16 @@ def step(s: Settings, found: dict[str, Any]) -> None:
     """A step's forward and backward pass on meta."""
     unet, kinds = found["unet"], 1 + s.with_prior_preservation
     rows, latent, config = kinds * s.train_batch_size, s.resolution // 8, unet.config
+    dtype = unet.conv_in.weight.dtype
     with torch.device("meta"):
-        x, t = torch.empty(rows, config.in_channels, latent, latent), torch.empty(rows, dtype=torch.long)
-        context = torch.empty(rows, 77, config.cross_attention_dim)
+        x, t = torch.empty(rows, config.in_channels, latent, latent, dtype=dtype), torch.empty(rows, dtype=torch.long)
+        context = torch.empty(rows, 77, config.cross_attention_dim, dtype=dtype)
         if "text_encoder" in found:
             context = found["text_encoder"](torch.empty(kinds, 77, dtype=torch.long)).repeat_interleave(s.train_batch_size, 0)
         told: tuple[Tensor, ...] = ()
         if config.addition_embed_type:
             pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-            told = torch.empty(rows, pooled), torch.empty(rows, 6)
+            told = torch.empty(rows, pooled, dtype=dtype), torch.empty(rows, 6)
         loss = unet(x, t, context, *told).float().square().mean()
     loss.backward()
 
@@ -124,8 +124,8 @@ def floor(s: Settings, dtype: torch.dtype) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def gpu_kernels() -> Iterator[None]:
-    """What a GPU would run, on meta: autocast's choice between bf16 and fp32, and flash attention."""
+def gpu_kernels(norms: torch.dtype) -> Iterator[None]:
+    """What a GPU would run, on meta: products in bf16, normalisations in `norms`, and flash attention."""
 
     def cast(name: str, dtype: torch.dtype) -> Any:
         function = {"scaled_dot_product_attention": flash}.get(name, getattr(F, name))
@@ -139,9 +139,8 @@ def gpu_kernels() -> Iterator[None]:
         return torch.ops.aten._scaled_dot_product_flash_attention(*args, is_causal=is_causal)[0]
 
     with contextlib.ExitStack() as stack:
-        for dtype, names in KERNELS.items():
-            for name in names:
-                stack.enter_context(cast(name, dtype))
+        for name in (*PRODUCTS, *NORMS):
+            stack.enter_context(cast(name, torch.bfloat16 if name in PRODUCTS else norms))
         yield
 
 
@@ -172,7 +171,7 @@ class Held(TorchDispatchMode):
 def memory(s: Settings) -> dict[str, float]:
     """GiB: weights, moments, what a step needs besides (gradients, activations, what the update takes), and the peak."""
     found, kept = networks(s), torch.bfloat16 if s.full_bf16 else torch.float32
-    with Held() as held, gpu_kernels():
+    with Held() as held, gpu_kernels(norms=kept):
         for network in found.values():
             network.to(kept)
         weights = sum(p.nbytes for network in found.values() for p in network.parameters())

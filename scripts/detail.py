@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from PIL import Image
 from pretrain_x4 import shrunk
 from pretraining import psnr
+from tables import markdown
 from torch import Tensor, nn
 from world import SUBJECTS, Scene, subject_scene
 
@@ -111,13 +112,13 @@ def main() -> None:
             figures.setdefault(variant, []).append(found)
         box = scenes[0].mark_box(SIZE)
         rows += [each.crop(box).resize((192, 192)) for each in (*(sets[0][0] for sets in made.values()), truth[0])]
-    head = "".join(f" PSNR, level {level} | distance, level {level} |" for level in LEVELS)
-    lines = [f"| |{head}", "|---" * (1 + 2 * len(LEVELS)) + "|"]
+    titles = ["", *(f"{figure}, level {level}" for level in LEVELS for figure in ("PSNR", "distance"))]
+    lines = []
     for variant, found in figures.items():
-        cells = [f"{mean(column):.{2 if i % 2 == 0 else 3}f}" for i, column in enumerate(zip(*found, strict=True))]
-        lines.append(f"| {variant} | {' | '.join(cells)} |")
-    print(*lines, sep="\n")
-    (args.out / "table.md").write_text("\n".join(lines) + "\n")
+        columns = enumerate(zip(*found, strict=True))
+        lines.append([variant, *(f"{mean(column):.{3 if i % 2 else 2}f}" for i, column in columns)])
+    print(text := markdown(titles, lines))
+    (args.out / "table.md").write_text(f"{text}\n")
     grid(rows, len(figures) + 1).save(args.out / "detail.png")
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from pretraining import psnr
+from tables import markdown
 from torch import Tensor, nn
 from tqdm import tqdm
 from world import ACCESSORIES, CLASSES, COLOURS, PATTERNS, PLACES, SUBJECTS, Scene
@@ -159,9 +160,8 @@ def score(folder: Path, model: Path, count: int, steps: int, guidance: float) ->
         "through the VAE": accuracy(judge, soft, held_out),
         f"drawn, {steps} steps": accuracy(judge, torch.stack([to_tensor(image) for image in drawn]), asked, said=True),
     }
-    yield " | ".join([f"{'':15}", *(f"{name:>9}" for name in ATTRIBUTES)])
-    for title, shares in rows.items():
-        yield " | ".join([f"{title:15}", *(f"{share:9.1%}" for share in shares.values())])
+    shown = ([title, *(f"{share:.1%}" for share in shares.values())] for title, shares in rows.items())
+    yield markdown(["", *ATTRIBUTES], shown)
     plain = torch.tensor([not scene.marks for scene in held_out])
     yield f"VAE: {psnr(real[plain], soft[plain]):.2f} dB PSNR over {plain.sum()} held-out scenes; guidance {guidance:g}"
 

@@ -4,7 +4,8 @@
 
 WORK is the folder that pretrain_tiny.py worked in: text encoder, vocabulary and the VAE to begin with are the tiny model's.
 Stages, each kept in DIR: large pictures of random scenes; the VAE's training on crops of them; latents and encoded captions;
-the UNet, by the recipe of LatentUpscaleDiffusion (Stability-AI/stablediffusion): a noise level of 0 to 349 for every sample.
+the UNet, by the recipe of LatentUpscaleDiffusion (Stability-AI/stablediffusion): a noise level of 0 to 349 for every sample,
+but for half of them 0: each level has an embedding of its own, and a clean picture is what DreamBooth goes on with.
 
 Shapes: B batch, N scenes, C crop, Z latent channels, h x w latent size.
 """
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pretrain_tiny as tiny
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from pretraining import Training, averages, begun, export, noised, psnr, start_at_zero, to_batch, weighted
 from safetensors.torch import load_file
@@ -116,8 +118,10 @@ def tiny_networks(args: argparse.Namespace, tokens: dict[str, bytes]) -> nn.Modu
 
 
 def unet_loss(unet: UNet, x: Tensor, t: Tensor, context: Tensor, level: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """The weighted squared error of the predicted velocity."""
-    return weighted(unet(x, t, context, level), target, weight)
+    """The weighted squared error of the predicted velocity, and five times that of its coarse part, where colours are."""
+    prediction = unet(x, t, context, level).float()
+    coarse = weighted(F.avg_pool2d(prediction, 4), F.avg_pool2d(target, 4), weight)
+    return weighted(prediction, target, weight) + 5 * coarse
 
 
 def train_unet(args: argparse.Namespace, images: np.ndarray, scenes: list[Scene], tokens: dict[str, bytes]) -> None:
@@ -144,7 +148,7 @@ def train_unet(args: argparse.Namespace, images: np.ndarray, scenes: list[Scene]
 
         mean, std, low = crops(known["mean"]), crops(known["std"]), crops(small)
         told = torch.from_numpy(np.where(rng.random(batch) < 0.1, -1, 2 * places[:, 0] + rng.integers(2, size=batch)))
-        level = torch.from_numpy(rng.integers(LEVELS, size=batch))
+        level = torch.from_numpy(rng.integers(LEVELS, size=batch) * (rng.random(batch) < 0.5))
         low = low_res.add_noise(low, torch.randn(low.shape, generator=noise), level)
         x0 = scale * (mean + std * torch.randn(mean.shape, generator=noise))
         x, t, target, weight = noised(scheduler, x0, noise)

@@ -429,6 +429,24 @@ def test_saving_memory_costs_no_loss(tmp_path, monkeypatch):
         assert [found["8 bits"], found["all"]] == pytest.approx([found["fp32"]] * 2, rel=0.01)
 
 
+@pytest.mark.parametrize("full", [True, False])
+def test_full_bf16_needs_no_autocast(full, tmp_path):
+    """Which would do normalisations in fp32; masters in fp32 do need it."""
+    lean = {"mixed_precision": "bf16", "full_bf16": full, "train_text_encoder": True}
+    run, seen = trainer(small(tmp_path, **lean)), set()
+
+    def look(part, inputs, output):
+        seen.add((output.dtype, torch.is_autocast_enabled("cpu")))
+
+    run.prepare()
+    for network in run.trained.values():
+        for part in network.modules():
+            if isinstance(part, torch.nn.Linear | torch.nn.Conv2d | torch.nn.GroupNorm | torch.nn.LayerNorm):
+                part.register_forward_hook(look)
+    run.losses(0)
+    assert seen == {(torch.bfloat16, False)} if full else (torch.bfloat16, True) in seen
+
+
 def test_metrics_tell_the_parts_of_the_loss(tmp_path):
     changes = with_class(tmp_path) | {"prior_loss_weight": 0.25, "lr_scheduler": "linear", "lr_warmup_steps": 0}
     lines = metrics(train(small(tmp_path, max_train_steps=4, **changes)))
@@ -546,6 +564,6 @@ def test_the_summary_tells_the_memory(name, tmp_path, monkeypatch):
     """Of a UNet of 2^30 parameters."""
     each, changes = BYTES[name]
     run = trainer(small(tmp_path, **changes))
-    run.trained = {"unet": run.pipe.unet}
-    monkeypatch.setattr(type(run.pipe), "networks", {"unet": torch.nn.Linear(2**15, 2**15, bias=False, device="meta")})
+    run.weights.trained = {"unet": torch.nn.Linear(2**15, 2**15, bias=False, device="meta")}
+    monkeypatch.setattr(type(run.pipe), "networks", run.weights.trained)
     assert dict(run.summary())["memory"].startswith(f"{each}.0 GiB of weights, gradients and moments")

@@ -23,7 +23,7 @@ from minibooth.dreambooth.parallel import shard
 
 SIGNED = {"exp_avg": True, "exp_avg_sq": False}  # the two moments
 BLOCK, SMALLEST = 256, 4096  # elements that share a scale; elements of the smallest parameter with moments in 8 bits
-SLICE = collections.defaultdict(lambda: 1 << 22, cpu=1 << 18)  # elements updated at a time: worth a launch; within a cache
+SLICE = collections.defaultdict(lambda: 1 << 20, cpu=1 << 18)  # elements updated at a time: worth a launch; within a cache
 
 
 class AdamW(torch.optim.Optimizer):

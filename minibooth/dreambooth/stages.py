@@ -52,7 +52,7 @@ class TextToImage:
 
     def predict(self, x: Tensor, t: Tensor, condition: Condition, sizes: Tensor) -> Tensor:
         """The UNet's answer to a batch."""
-        return self.pipe.unet(x, t, *self.pipe.told(condition, sizes))
+        return self.pipe.unet(x.to(self.pipe.dtype), t, *self.pipe.told(condition, sizes))
 
     @property
     def drawing(self) -> dict[str, Any]:
@@ -108,7 +108,7 @@ class SuperResolution(TextToImage):
 
     def predict(self, x: Tensor, t: Tensor, condition: Condition, *told: Tensor) -> Tensor:
         low, level = told
-        return self.pipe.unet(torch.cat([x, low], dim=1), t, *condition, level)
+        return self.pipe.unet(torch.cat([x, low], dim=1).to(self.pipe.dtype), t, *condition, level)
 
     def show(self, conditions: Sequence[Condition], unconditional: Condition, seeds: Sequence[int]) -> list[list[Image.Image]]:
         """For the middle of each of the subject's pictures a row: what the model is shown, what it makes of it, the truth."""

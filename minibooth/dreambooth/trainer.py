@@ -8,7 +8,6 @@ Shapes: B subject samples a step (2B rows with prior preservation), Z latent cha
 
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import secrets
@@ -21,12 +20,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from minibooth.checkpoint import files
-from minibooth.checkpoint import lora as lora_files
-from minibooth.checkpoint.load import COMPONENTS, Source
+from minibooth.checkpoint.load import Source
 from minibooth.diffusion import load
 from minibooth.diffusion.images import grid, save_png
 from minibooth.diffusion.noise import generator, seeded
@@ -39,16 +36,14 @@ from minibooth.dreambooth.latents import Latents
 from minibooth.dreambooth.learning_rate import learning_rate
 from minibooth.dreambooth.metrics import Watch
 from minibooth.dreambooth.objective import dreambooth_loss
-from minibooth.dreambooth.optimizer import BLOCK, AdamW, moments, restore
-from minibooth.dreambooth.parallel import BLOCKS, Ranks
+from minibooth.dreambooth.optimizer import AdamW, moments, restore
+from minibooth.dreambooth.parallel import Ranks
 from minibooth.dreambooth.prior import DRAWING, ClassPictures
 from minibooth.dreambooth.settings import Settings
+from minibooth.dreambooth.weights import Weights
 from minibooth.errors import UserError
-from minibooth.models import lora
-from minibooth.models.lora import Adapter
 
 OFFSET_NOISE = 0.1
-KOHYA = "kohya.safetensors"  # a checkpoint's LoRA, with every bit
 SAME = ("use_8bit_adam", "full_bf16")  # what a checkpoint's tensors are stored by
 
 
@@ -73,8 +68,6 @@ class Trainer:
         self.journal = Journal(settings)
         self.resumed = self.journal.to_resume()
         state = files.read_json(self.resumed / "state.json") if self.resumed else {"step": 0}
-        if self.resumed and (self.resumed / KOHYA).exists() != bool(settings.rank):
-            raise UserError(f"{self.resumed} is {'not ' * bool(settings.rank)}a LoRA's: go on with the same --rank as before")
         for name in SAME:
             if self.resumed and state.get(name, False) != getattr(settings, name):
                 raise UserError(f"{self.resumed} was trained with{'out' * (not state.get(name))} --{name}: go on as it began")
@@ -96,15 +89,8 @@ class Trainer:
             self.sets.append(Latents("class", self.prior.pictures, self.stage, self.seed))
             self.prompts.append(s.class_prompt)
         self.steps = s.steps(max(len(latents.pictures) for latents in self.sets), self.ranks.count)
-        self.texts = [name for name in self.pipe.networks if name.startswith("text_encoder")]
-        self.trained = {name: getattr(self.pipe, name) for name in ["unet"] + self.texts * s.train_text_encoder}
-        self.lora = {name: self.adapters(name) for name in self.trained if s.rank}
-
-    @property
-    def result(self) -> Path:
-        """What the run leaves for drawing: the output folder, or the single file in it."""
-        folder = self.journal.folder
-        return folder if self.settings.output_format == "folder" else folder / f"{folder.resolve().name}.safetensors"
+        self.weights = Weights(s, self.pipe, self.seed, self.resumed)
+        self.trained = self.weights.trained
 
     def prepare(self) -> None:
         """Everything before the first step: class pictures, networks in place, the optimizer, encoded prompts and pictures."""
@@ -117,13 +103,9 @@ class Trainer:
             self.prior.draw(pipe, self.ranks.number, self.ranks.count)
             del pipe
             self.ranks.wait()
-        for name in self.pipe.networks:
-            self.place(name, trains=name in self.trained)
+        self.weights.place(self.device, self.dtype)
         self.networks = self.ranks.join(self.trained, self.dtype)
-        rates = dict.fromkeys(self.texts, s.learning_rate if s.text_encoder_lr is None else s.text_encoder_lr)
-        rates["unet"] = s.learning_rate
-        parameters = {name: [p for p in module.parameters() if p.requires_grad] for name, module in self.trained.items()}
-        groups = [{"params": trained, "peak": rates[name]} for name, trained in parameters.items()]
+        groups = self.weights.groups()
         betas = s.adam_beta1, s.adam_beta2
         self.optimizer = AdamW(groups, betas, s.adam_epsilon, s.adam_weight_decay, s.use_8bit_adam, self.seed)
         if s.fused_backward_pass:
@@ -140,38 +122,10 @@ class Trainer:
     def compile(self) -> None:
         """From now on a step is few graphs: a text encoder, where it trains; add noise, ask the UNet, compare; the update."""
         torch._dynamo.config.optimize_ddp = not self.settings.gradient_checkpointing  # it cannot cut such a graph
-        for name in self.trained.keys() & self.texts:
+        for name in self.trained.keys() & self.weights.texts:
             getattr(self.pipe, name).compile(fullgraph=True, dynamic=False)
         self.objective = torch.compile(self.objective, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
         self.optimizer.kernel = torch.compile(self.optimizer.kernel, fullgraph=True, dynamic=True)
-
-    def adapters(self, name: str) -> dict[str, Adapter]:
-        """A network's LoRA: new, or the checkpoint's. Raises UserError for one of another rank or other targets."""
-        s, rng = self.settings, generator(self.seed, "lora", name)
-        made = lora.fresh(self.trained[name], s.lora_targets, s.rank, s.lora_alpha or s.rank, s.lora_dropout, rng)
-        if self.resumed:
-            saved = lora_files.read(self.resumed / KOHYA, self.pipe.source).get(name, {})
-            if {layer: x.down.shape for layer, x in saved.items()} != {layer: x.down.shape for layer, x in made.items()}:
-                raise UserError(f"{self.resumed} holds a LoRA of another --rank or other --lora_targets: go on with the same")
-            for layer, adapter in made.items():
-                adapter.down.data.copy_(saved[layer].down)
-                adapter.up.data.copy_(saved[layer].up)
-        return made
-
-    def place(self, name: str, trains: bool) -> None:
-        """Bring a network to the device: in the working precision, but where it trains, in that of the weights that are
-        kept (from the checkpoint, if any).
-
-        With a LoRA, that alone is what trains.
-        """
-        full, kept = trains and not self.settings.rank, torch.bfloat16 if self.settings.full_bf16 else torch.float32
-        module = getattr(self.pipe, name).requires_grad_(full).to(self.device, kept if full else self.dtype)
-        if trains and not full:
-            lora.attach(module.train(), self.lora[name], kept)
-        elif full and self.resumed:
-            module.load_state_dict(dict(files.weights_of(self.resumed / name, COMPONENTS[name].stem)))
-        if trains and self.settings.gradient_checkpointing:
-            recompute_activations(module)
 
     @torch.no_grad()
     def encode(self) -> None:
@@ -181,7 +135,7 @@ class Trainer:
         if not s.train_text_encoder:
             self.condition = pipe.condition(self.prompts)
             self.validation = self.validation_conditions()
-            for name in self.texts:
+            for name in self.weights.texts:
                 pipe.release(name)
         batches = range(self.start * s.gradient_accumulation_steps, self.steps * s.gradient_accumulation_steps)
         for latents in self.sets:
@@ -261,11 +215,15 @@ class Trainer:
         numbers = self.numbers(batch)
         samples = [self.sample(latents, n) for latents in self.sets for n in numbers]
         x0, noise, t, *told = (torch.cat(column).to(self.device) for column in zip(*samples, strict=True))
-        autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-        with autocast, seeded(self.device, self.seed, "dropout", numbers.start):
+        with self.autocast(), seeded(self.device, self.seed, "dropout", numbers.start):
             condition = self.condition or self.pipe.condition(self.prompts)
             condition = tuple(each.repeat_interleave(len(numbers), dim=0) for each in condition)
             return self.objective(x0, noise, t, condition, *told)
+
+    def autocast(self) -> torch.autocast:
+        """Into the working precision, where some weights are kept in another."""
+        needed = self.dtype != torch.float32 and not self.settings.full_bf16
+        return torch.autocast(self.device.type, self.dtype, enabled=needed)
 
     def objective(self, x0: Tensor, noise: Tensor, t: Tensor, condition: Condition, *told: Tensor) -> dict[str, Tensor]:
         """The loss of a batch and its parts; on tensors alone, so that it can be compiled as one graph."""
@@ -308,8 +266,10 @@ class Trainer:
         if not s.validation_prompt:
             return
         self.networks.eval()  # no dropout
-        autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-        with autocast, torch.compiler.set_stance("force_eager"):  # other shapes than a step's: a graph that is seldom needed
+        with (
+            self.autocast(),
+            torch.compiler.set_stance("force_eager"),
+        ):  # other shapes than a step's: a graph that is seldom needed
             rows = self.networks(self.show)
         self.networks.train()
         if not self.ranks.first:
@@ -347,16 +307,12 @@ class Trainer:
 
     def save_checkpoint(self, step: int) -> None:
         """checkpoint-N with all that the next step depends on; older ones go only when it is whole."""
-        weights, adapters = self.learnt()
+        learnt = self.weights.learnt(self.ranks)
         state = self.ranks.whole(moments(self.optimizer, self.trained))
         if not self.ranks.first:
             return
         with files.replacing(self.journal.folder / f"checkpoint-{step}") as folder:
-            if adapters:
-                self.save_lora(folder, KOHYA, adapters)
-            for name, tensors in weights.items():
-                files.write_weights(folder / name / f"{COMPONENTS[name].stem}.safetensors", tensors)
-                (folder / name / "config.json").write_bytes(self.pipe.source.files[f"{name}/config.json"])
+            self.weights.write_checkpoint(folder, learnt, self.steps)
             files.write_weights(folder / "optimizer.safetensors", state)
             how = {name: getattr(self.settings, name) for name in SAME}
             about = {"step": step, "seed": self.seed, "scaler": self.scaler.state_dict(), **how}
@@ -365,58 +321,20 @@ class Trainer:
 
     def save(self) -> None:
         """The result."""
-        folder = self.journal.folder
-        weights, adapters = self.learnt()
-        if not self.ranks.first:
-            return
-        if adapters:
-            self.save_lora(folder, f"{folder.resolve().name}.safetensors", adapters)
-        else:
-            self.pipe.source.save(self.result, weights)  # the others as they were read, whatever they computed in
-            if self.result != folder:  # what a single file lacks
-                self.pipe.source.save_vocabulary(folder)
-
-    @torch.no_grad()
-    def learnt(self) -> tuple[dict[str, dict[str, Tensor]], lora_files.Adapters]:
-        """Whole on the first rank, by network: the weights of those that train, or else their LoRA."""
-        if not self.lora:
-            return {name: self.ranks.whole(module.state_dict()) for name, module in self.trained.items()}, {}
-
-        def whole(x: Adapter) -> Adapter:
-            both = self.ranks.whole({"down": x.down, "up": x.up})
-            return Adapter(both["down"], both["up"], x.alpha)
-
-        return {}, {name: {layer: whole(x) for layer, x in made.items()} for name, made in self.lora.items()}
-
-    def save_lora(self, folder: Path, name: str, adapters: lora_files.Adapters) -> None:
-        """diffusers' file, and kohya's as `name` with what his programs, A1111 and civitai show of a LoRA."""
-        s, source = self.settings, self.pipe.source
-        xl = source.kind == "StableDiffusionXLPipeline"
-        sd2 = not xl and self.pipe.unet.config.use_linear_projection
-        tags = {latents.name: {prompt: 1} for latents, prompt in zip(self.sets, self.prompts, strict=True)}
-        about = dict(
-            network_module="networks.lora", network_dim=s.rank, network_alpha=s.lora_alpha or s.rank, v2=sd2,
-            base_model_version="sdxl_base_v1-0" if xl else "sd_v2" if sd2 else "sd_v1", sd_model_name=Path(source.name).name,
-            output_name=Path(s.output_dir).resolve().name, resolution=(s.resolution, s.resolution), steps=self.steps,
-            learning_rate=s.learning_rate, seed=self.seed, tag_frequency=json.dumps(tags),
-        )  # fmt: skip
-        lora_files.write(folder, name, adapters, {f"ss_{key}": str(value) for key, value in about.items()})
+        learnt = self.weights.learnt(self.ranks)
+        if self.ranks.first:
+            self.weights.write(learnt, self.steps)
 
     def summary(self) -> list[tuple[str, str]]:
         """What will run, as rows of a table."""
         s = self.settings
-        sizes = {name: sum(p.numel() for p in network.parameters()) for name, network in self.pipe.networks.items()}
-        updates = {name: sum(x.down.numel() + x.up.numel() for x in made.values()) for name, made in self.lora.items()}
-        trained = updates or {name: sizes[name] for name in self.trained}
-        shards = {name: self.ranks.shards if name in self.trained else 1 for name in sizes}
-        frozen = sum(size / shards[name] for name, size in sizes.items() if updates or name not in trained)
-        each = (2 if s.full_bf16 else 4) * (1 if s.fused_backward_pass else 2) + (2 + 8 / BLOCK if s.use_8bit_adam else 8)
-        memory = each * sum(trained.values()) / self.ranks.shards + self.dtype.itemsize * frozen
+        memory = self.weights.bytes(self.dtype, self.ranks.shards)
         batch = " + ".join([str(s.train_batch_size)] * len(self.sets))
         batch += f" in each of {self.ranks.count} processes" * (self.ranks.count > 1)
+        trained = [f"{name}, {size / 1e6:.1f} M parameters" for name, size in self.weights.sizes().items()]
         rows = [
             ("model", f"{self.pipe.source.name}, predicts {self.pipe.scheduler.prediction_type}"),
-            ("trains", ", ".join(f"{name}, {size / 1e6:.1f} M parameters" for name, size in trained.items())),
+            ("trains", ", ".join(trained)),
             (
                 "steps",
                 f"{self.start} to {self.steps}, batch {batch}, {s.resolution} px, learning rate {s.learning_rate:g}",
@@ -431,14 +349,6 @@ class Trainer:
             rows.append(("skipped", ", ".join(path.name for path in self.skipped)))
         notes = [*s.notes(), *doubts(self.pipe.tokenizer, s.instance_prompt, s.class_prompt)]
         return rows + [("note", note) for note in notes]
-
-
-def recompute_activations(module: nn.Module) -> None:
-    """Gradient checkpointing (Chen et al. 2016) from outside: these parts forget what they computed and do it again."""
-    for part in module.modules():
-        if isinstance(part, BLOCKS):
-            forward = functools.partial(checkpoint, part.forward, use_reentrant=False)
-            part.forward = forward  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

@@ -1,0 +1,167 @@
+"""The networks of a run: which of them train, or what LoRA in them; where they lie, what they take, and how they are kept."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from minibooth.checkpoint import files
+from minibooth.checkpoint import lora as lora_files
+from minibooth.checkpoint.load import COMPONENTS
+from minibooth.diffusion.noise import generator
+from minibooth.dreambooth.optimizer import BLOCK
+from minibooth.dreambooth.parallel import BLOCKS, Ranks
+from minibooth.dreambooth.settings import Settings
+from minibooth.errors import UserError
+from minibooth.models import lora
+from minibooth.models.blocks import Transformer
+from minibooth.models.lora import Adapter
+
+KOHYA = "kohya.safetensors"  # a checkpoint's LoRA, with every bit
+
+
+@dataclasses.dataclass
+class Learnt:
+    """What training changed, whole, by network: the weights of those that train, or else their LoRA."""
+
+    weights: dict[str, dict[str, Tensor]]
+    adapters: lora_files.Adapters
+
+
+class Weights:
+    """The networks of `pipe` in one run; from the checkpoint `resumed`, if there is one.
+
+    Raises UserError for a checkpoint that holds something else than what is to be trained.
+    """
+
+    def __init__(self, settings: Settings, pipe: Any, seed: int, resumed: Path | None):
+        self.settings, self.pipe, self.seed, self.resumed = settings, pipe, seed, resumed
+        if resumed and (resumed / KOHYA).exists() != bool(settings.rank):
+            raise UserError(f"{resumed} is {'not ' * bool(settings.rank)}a LoRA's: go on with the same --rank as before")
+        self.texts = [name for name in pipe.networks if name.startswith("text_encoder")]
+        self.trained: dict[str, nn.Module] = {
+            name: getattr(pipe, name) for name in ["unet"] + self.texts * settings.train_text_encoder
+        }
+        self.lora = {name: self.adapters(name) for name in self.trained if settings.rank}
+
+    def adapters(self, name: str) -> dict[str, Adapter]:
+        """A network's LoRA: new, or the checkpoint's. Raises UserError for one of another rank or other targets."""
+        s, rng = self.settings, generator(self.seed, "lora", name)
+        made = lora.fresh(self.trained[name], s.lora_targets, s.rank, s.lora_alpha or s.rank, s.lora_dropout, rng)
+        if self.resumed:
+            saved = lora_files.read(self.resumed / KOHYA, self.pipe.source).get(name, {})
+            if {layer: x.down.shape for layer, x in saved.items()} != {layer: x.down.shape for layer, x in made.items()}:
+                raise UserError(f"{self.resumed} holds a LoRA of another --rank or other --lora_targets: go on with the same")
+            for layer, adapter in made.items():
+                adapter.down.data.copy_(saved[layer].down)
+                adapter.up.data.copy_(saved[layer].up)
+        return made
+
+    def place(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Bring every network to the device: in the working precision `dtype`, but where it trains, in that of the weights
+        that are kept (from the checkpoint, if any).
+
+        With a LoRA, that alone is what trains.
+        """
+        kept = torch.bfloat16 if self.settings.full_bf16 else torch.float32
+        for name, network in self.pipe.networks.items():
+            trains = name in self.trained
+            full = trains and not self.lora
+            network.requires_grad_(full).to(device, kept if full else dtype)
+            if trains and self.lora:
+                lora.attach(network.train(), self.lora[name], kept)
+            elif full and self.resumed:
+                network.load_state_dict(dict(files.weights_of(self.resumed / name, COMPONENTS[name].stem)))
+            if trains and self.settings.gradient_checkpointing:
+                recompute_activations(network)
+
+    def groups(self) -> list[dict[str, Any]]:
+        """For the optimizer: what trains of each network, and its peak learning rate."""
+        s = self.settings
+        rates = dict.fromkeys(self.texts, s.learning_rate if s.text_encoder_lr is None else s.text_encoder_lr)
+        rates["unet"] = s.learning_rate
+        parameters = {name: [p for p in network.parameters() if p.requires_grad] for name, network in self.trained.items()}
+        return [{"params": trained, "peak": rates[name]} for name, trained in parameters.items()]
+
+    def sizes(self) -> dict[str, int]:
+        """How many parameters train, by network."""
+        updates = {name: sum(x.down.numel() + x.up.numel() for x in made.values()) for name, made in self.lora.items()}
+        return updates or {name: sum(p.numel() for p in network.parameters()) for name, network in self.trained.items()}
+
+    def bytes(self, dtype: torch.dtype, shards: int) -> float:
+        """Of weights, gradients and moments, in a process that holds one of so many shards of what trains."""
+        s, sizes = self.settings, self.sizes()
+        frozen = 0.0
+        for name, network in self.pipe.networks.items():
+            if self.lora or name not in self.trained:
+                frozen += sum(p.numel() for p in network.parameters()) / (shards if name in self.trained else 1)
+        each = (2 if s.full_bf16 else 4) * (1 if s.fused_backward_pass else 2) + (2 + 8 / BLOCK if s.use_8bit_adam else 8)
+        return each * sum(sizes.values()) / shards + dtype.itemsize * frozen
+
+    @torch.no_grad()
+    def learnt(self, ranks: Ranks) -> Learnt:
+        """Whole on the first rank."""
+        if not self.lora:
+            return Learnt({name: ranks.whole(network.state_dict()) for name, network in self.trained.items()}, {})
+
+        def whole(x: Adapter) -> Adapter:
+            both = ranks.whole({"down": x.down, "up": x.up})
+            return Adapter(both["down"], both["up"], x.alpha)
+
+        return Learnt({}, {name: {layer: whole(x) for layer, x in made.items()} for name, made in self.lora.items()})
+
+    def write_checkpoint(self, folder: Path, learnt: Learnt, steps: int) -> None:
+        """With every bit, as `place` and `adapters` read it."""
+        if learnt.adapters:
+            lora_files.write(folder, KOHYA, learnt.adapters, self.about(steps))
+        for name, tensors in learnt.weights.items():
+            files.write_weights(folder / name / f"{COMPONENTS[name].stem}.safetensors", tensors)
+            (folder / name / "config.json").write_bytes(self.pipe.source.files[f"{name}/config.json"])
+
+    @property
+    def result(self) -> Path:
+        """What the run leaves for drawing: the output folder, or the single file in it."""
+        folder = Path(self.settings.output_dir)
+        return folder if self.settings.output_format == "folder" else folder / f"{folder.resolve().name}.safetensors"
+
+    def write(self, learnt: Learnt, steps: int) -> None:
+        """The result: the whole pipeline, or diffusers' file and kohya's of a LoRA."""
+        folder = Path(self.settings.output_dir)
+        if learnt.adapters:
+            lora_files.write(folder, f"{folder.resolve().name}.safetensors", learnt.adapters, self.about(steps))
+            return
+        self.pipe.source.save(self.result, learnt.weights)  # the others as they were read, whatever they computed in
+        if self.result != folder:  # what a single file lacks
+            self.pipe.source.save_vocabulary(folder)
+
+    def about(self, steps: int) -> dict[str, str]:
+        """What kohya's programs, A1111 and civitai show of a LoRA."""
+        s, source = self.settings, self.pipe.source
+        xl = source.kind == "StableDiffusionXLPipeline"
+        sd2 = not xl and self.pipe.unet.config.use_linear_projection
+        prompts = {"subject": s.instance_prompt} | ({"class": s.class_prompt} if s.with_prior_preservation else {})
+        told = dict(
+            network_module="networks.lora", network_dim=s.rank, network_alpha=s.lora_alpha or s.rank, v2=sd2,
+            base_model_version="sdxl_base_v1-0" if xl else "sd_v2" if sd2 else "sd_v1", sd_model_name=Path(source.name).name,
+            output_name=Path(s.output_dir).resolve().name, resolution=(s.resolution, s.resolution), steps=steps,
+            learning_rate=s.learning_rate, seed=self.seed,
+            tag_frequency=json.dumps({name: {prompt: 1} for name, prompt in prompts.items()}),
+        )  # fmt: skip
+        return {f"ss_{key}": str(value) for key, value in told.items()}
+
+
+def recompute_activations(network: nn.Module) -> None:
+    """Gradient checkpointing (Chen et al. 2016) from outside: these parts forget what they computed and do it again.
+
+    So do the blocks of a deep transformer (XL's have up to ten) when their time comes, one after the other.
+    """
+    parts = [part for part in network.modules() if isinstance(part, BLOCKS)]
+    stacks = [part.transformer_blocks for part in parts if isinstance(part, Transformer)]
+    for part in (*parts, *(block for stack in stacks if len(stack) > 1 for block in stack)):
+        forward = functools.partial(checkpoint, part.forward, use_reentrant=False)
+        part.forward = forward  # type: ignore[method-assign]
