@@ -196,12 +196,13 @@ def train_vae(args: argparse.Namespace) -> None:
 
 
 def decoder_loss(parts: nn.ModuleDict, z: Tensor, x: Tensor) -> Tensor:
-    """The squared error of what is decoded."""
-    return F.mse_loss(parts["decoder"](parts["post_quant_conv"](z)).float(), x)
+    """The logarithm of each picture's mean squared error: what PSNR is the mean of."""
+    error = parts["decoder"](parts["post_quant_conv"](z)).float() - x
+    return error.square().mean(dim=(1, 2, 3)).log().mean()
 
 
 def train_decoder(args: argparse.Namespace) -> None:
-    """The decoder alone, on whole pictures and for the squared error only: latents stay what the UNet knows.
+    """The decoder alone, on whole pictures and for PSNR only: latents stay what the UNet knows.
 
     As Stability AI did with the VAE of Stable Diffusion (sd-vae-ft-mse).
     """

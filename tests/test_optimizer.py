@@ -95,7 +95,7 @@ def test_the_numbers_stay_close_to_those_of_torch(kind):
 def test_slices_and_the_backward_pass_change_no_bit(kind, monkeypatch):
     whole = walked(kind)
     assert same_bits(walked(kind, in_backward=True), whole)
-    monkeypatch.setitem(module.SLICE, "cpu", 1024)
+    monkeypatch.setitem(module.SLICE, "cpu", BLOCK)
     assert same_bits(walked(kind), whole)
 
 

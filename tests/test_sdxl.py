@@ -175,6 +175,21 @@ def test_dreambooth_trains_what_it_should_and_resumes_in_the_same_bits(texts, sd
     assert same_bits(everything(train(resumed)), after)
 
 
+def test_recomputing_block_by_block_changes_no_bit(sdxl, tmp_path):
+    """Each block of a deep transformer computes as it passes, when its transformer's turn comes, and at its own."""
+    left = []
+    for times, recompute in ((1, False), (3, True)):
+        run = trainer(small(tmp_path, sdxl, gradient_checkpointing=recompute, output_dir=str(tmp_path / str(times))))
+        run.prepare()
+        (deep, *_), calls = (part for part in run.pipe.unet.modules() if len(getattr(part, "transformer_blocks", ())) > 1), []
+        deep.transformer_blocks[0].attn1.register_forward_hook(lambda *given, calls=calls: calls.append(given))
+        run.set_learning_rates(0)
+        run.step(0)
+        assert len(calls) == times
+        left.append(run.pipe.unet.state_dict())
+    assert same_bits(*left)
+
+
 @pytest.mark.parametrize("center", [False, True])
 def test_each_picture_is_told_its_own_sizes_and_crop(center, sdxl, tmp_path):
     run = trainer(small(tmp_path, sdxl, center_crop=center))  # photographs of 48 x 40, crops of 64

@@ -2,11 +2,11 @@
 
 bytes per parameter      weight  gradient  moments
                          4       4         8
---use_8bit_adam                            2 + 1/32   a byte each, a scale per block: Dettmers et al. 2022, arXiv 2110.02861
+--use_8bit_adam                            2 + 1/256  a byte each, a scale per block: Dettmers et al. 2022, arXiv 2110.02861
 --full_bf16              2       2                    rounded stochastically, so without masters in fp32
 --fused_backward_pass            0                    used up as soon as the backward pass has made it: LOMO, arXiv 2306.09782
 
-Shapes: n elements of a slice of a parameter, b = n / 256 blocks.
+Shapes: n elements of a slice of a parameter, b = n / 2048 blocks.
 """
 
 import collections
@@ -22,7 +22,7 @@ from minibooth.diffusion.noise import generator
 from minibooth.dreambooth.parallel import shard
 
 SIGNED = {"exp_avg": True, "exp_avg_sq": False}  # the two moments
-BLOCK, SMALLEST = 256, 4096  # elements that share a scale; elements of the smallest parameter with moments in 8 bits
+BLOCK, SMALLEST = 2048, 4096  # elements that share a scale; elements of the smallest parameter with moments in 8 bits
 SLICE = collections.defaultdict(lambda: 1 << 20, cpu=1 << 18)  # elements updated at a time: worth a launch; within a cache
 
 
