@@ -11,6 +11,7 @@ import pytest
 from small_run import photographs, tiny
 
 from minibooth import train
+from minibooth.dreambooth.optimizer import BLOCK, SMALLEST
 
 LEAN = ["--full_bf16", "--mixed_precision=bf16", "--use_8bit_adam", "--fused_backward_pass", "--max_grad_norm=0"]
 
@@ -62,7 +63,7 @@ def test_memory_is_counted(tmp_path):
         p.numel() for p in counting.networks(train.parse([f"--pretrained_model_name_or_path={tiny()}"]))["unet"].parameters()
     ]
     assert lean["weights"] * 2**30 == 2 * sum(sizes)
-    large = [size for size in sizes if size >= 4096 and size % 256 == 0]
+    large = [size for size in sizes if size >= SMALLEST and size % BLOCK == 0]
     small = sum(sizes) - sum(large)
-    assert lean["moments"] * 2**30 == pytest.approx(sum(large) * (2 + 8 / 256) + 8 * small + 4 * len(sizes))
+    assert lean["moments"] * 2**30 == pytest.approx(sum(large) * (2 + 8 / BLOCK) + 8 * small + 4 * len(sizes))
     assert less["weights"] == lean["weights"] and less["besides"] < 0.8 * lean["besides"]
