@@ -40,7 +40,7 @@ from minibooth.dreambooth.optimizer import AdamW, moments, restore
 from minibooth.dreambooth.parallel import Ranks
 from minibooth.dreambooth.prior import DRAWING, ClassPictures
 from minibooth.dreambooth.settings import Settings
-from minibooth.dreambooth.weights import Weights
+from minibooth.dreambooth.weights import KOHYA, Weights
 from minibooth.errors import UserError
 
 OFFSET_NOISE = 0.1
@@ -48,7 +48,7 @@ SAME = ("use_8bit_adam", "full_bf16")  # what a checkpoint's tensors are stored 
 
 
 class Trainer:
-    """One run of Settings on `device`, with autocast to `dtype` where that is not fp32; class pictures in `prior_dtype`.
+    """One run of Settings on `device`, in `dtype`: by autocast, unless all weights are in it. Class pictures in `prior_dtype`.
 
     Where it is one of many processes, `ranks` knows of the others.
 
@@ -68,6 +68,8 @@ class Trainer:
         self.journal = Journal(settings)
         self.resumed = self.journal.to_resume()
         state = files.read_json(self.resumed / "state.json") if self.resumed else {"step": 0}
+        if self.resumed and (self.resumed / KOHYA).exists() != bool(settings.rank):
+            raise UserError(f"{self.resumed} is {'not ' * bool(settings.rank)}a LoRA's: go on with the same --rank as before")
         for name in SAME:
             if self.resumed and state.get(name, False) != getattr(settings, name):
                 raise UserError(f"{self.resumed} was trained with{'out' * (not state.get(name))} --{name}: go on as it began")

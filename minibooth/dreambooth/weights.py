@@ -41,8 +41,6 @@ class Weights:
 
     def __init__(self, settings: Settings, pipe: Any, seed: int, resumed: Path | None):
         self.settings, self.pipe, self.seed, self.resumed = settings, pipe, seed, resumed
-        if resumed and (resumed / KOHYA).exists() != bool(settings.rank):
-            raise UserError(f"{resumed} is {'not ' * bool(settings.rank)}a LoRA's: go on with the same --rank as before")
         self.texts = [name for name in pipe.networks if name.startswith("text_encoder")]
         self.trained: dict[str, nn.Module] = {
             name: getattr(pipe, name) for name in ["unet"] + self.texts * settings.train_text_encoder
