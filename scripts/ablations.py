@@ -9,6 +9,7 @@ Ruiz et al. 2022, sections 4.2 and 4.3. Each row is a variant's mean over its ru
     taken     share of pictures of the bare class that bear the subject's marks; low is good
     colours   how many colours those have, exp of their entropy; high is good
     CLIP-I, CLIP-T, PRES, DIV   the paper's, by weights/tiny-clip; DIV is 1 - cosine of two pictures of a prompt
+    loss      mean of the last quarter of the steps
 
 Tables share their runs, and a run that is there already is not made again. A table goes to OUT as TABLE.md, with TABLE.png:
 a row for each subject and variant, pictures of the prompts and, last, of the bare class.
@@ -52,6 +53,7 @@ TABLES: dict[str, dict[str, Changes]] = {
     "pictures": {**{f"{n} of the pictures": {"pictures": n} for n in range(1, 5)}, "all 5": {}},
     "text_encoder": {"UNet and text encoder": {}, "UNet alone": {"train_text_encoder": False}},
     "lora": {"all weights": {}, "LoRA of rank 8": LORA, "LoRA of rank 8, all layers": LORA | {"lora_targets": "all"}},
+    "optimizer": {"AdamW": {}, "8-bit AdamW": {"use_8bit_adam": True}},
     "steps": {"0 steps": None, **{f"{n} steps": {"max_train_steps": n} for n in (50, 100, 200)}, "400 steps": {},
               "800 steps": {"max_train_steps": 800}},
 }  # fmt: skip
@@ -133,6 +135,13 @@ def folder_of(out: Path, name: str, seed: int, changes: Changes) -> Path:
     return out / re.sub(r"[^\w.-]", "-", f"{words}-{name}-{seed}")
 
 
+def final_loss(folder: Path) -> float:
+    """The mean loss of the last quarter of a run's steps."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    losses = [line["loss"] for line in lines if "loss" in line]
+    return mean(losses[-len(losses) // 4 :])
+
+
 def run(
     judge: judges.Judge, eyes: Eyes, folder: Path, name: str, seed: int, changes: Changes, few_steps: dict[str, int]
 ) -> None:
@@ -146,6 +155,7 @@ def run(
     asked = prompts(name, changes)
     new, bare = (draw(pipe, each, seed) for each in (asked, [f"a photo of a {SUBJECTS[name].kind}"] * (OF_CLASS // EACH)))
     figures = judged(judge, name, new, bare) | measured(eyes, name, asked, new, bare)
+    figures |= {"loss": final_loss(folder)} if changes is not None else {}
     folder.mkdir(parents=True, exist_ok=True)
     save_png(grid(new[::EACH] + bare[::EACH][:4], len(ASKED) + 4), folder / "sheet.png", {"prompts": " | ".join(asked)})
     with files.replacing(folder / "figures.json") as temporary:
@@ -154,11 +164,11 @@ def run(
 
 def table(rows: dict[str, list[dict[str, float]]]) -> str:
     """Markdown: a row's mean and standard deviation of each figure."""
-    columns = [*next(iter(rows.values()))[0]]
+    columns = max(([*runs[0]] for runs in rows.values()), key=len)  # an untrained model has no loss
     lines = []
     for label, runs in rows.items():
-        values = [[each[column] for each in runs] for column in columns]
-        lines.append([label, *(f"{mean(each):.2f} ± {pstdev(each):.2f}" for each in values)])
+        values = [[each[column] for each in runs if column in each] for column in columns]
+        lines.append([label, *(f"{mean(each):.2f} ± {pstdev(each):.2f}" if each else "" for each in values)])
     return markdown(["", *columns], lines)
 
 

@@ -85,17 +85,23 @@ def labels(scenes: list[Scene]) -> dict[str, Tensor]:
 
 
 def soften(x: Tensor, rng: np.random.Generator) -> Tensor:
-    """A batch as a generator might leave it: blurred, with noise, brighter or darker, all by random amounts."""
-    strength = torch.from_numpy(rng.random((4, len(x), 1, 1, 1))).float()
-    small = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-    x = torch.lerp(x, small, strength[0])
-    noise = torch.from_numpy(rng.standard_normal(x.shape, dtype=np.float32))
-    return x * (0.85 + 0.3 * strength[1]) + 0.2 * (strength[2] - 0.5) + 0.15 * strength[3] * noise
+    """A batch as a generator might leave it: blurred, with blots and noise, brighter or darker, all by random amounts."""
+    strength = torch.from_numpy(rng.random((5, len(x), 1, 1, 1))).float()
+
+    def noise(*shape: int) -> Tensor:
+        return torch.from_numpy(rng.standard_normal((len(x), 3, *shape), dtype=np.float32))
+
+    small = x
+    for _ in range(2):
+        small = F.avg_pool2d(small, 3, stride=1, padding=1, count_include_pad=False)
+    blots = F.interpolate(noise(SIZE // 4, SIZE // 4), scale_factor=4, mode="bicubic")
+    x = torch.lerp(x, small, strength[0]) + 0.2 * strength[1] * blots + 0.15 * strength[2] * noise(SIZE, SIZE)
+    return x * (0.85 + 0.3 * strength[3]) + 0.2 * (strength[4] - 0.5)
 
 
 def train(folder: Path, count: int, epochs: int) -> None:
-    """Train on `count` rendered scenes and write folder/judge.safetensors."""
-    scenes = random_scenes(TRAIN, count, marked=4)
+    """Train on `count` rendered scenes, half of them with marks, and write folder/judge.safetensors."""
+    scenes = random_scenes(TRAIN, count, marked=2)
     images, truth = rendered(scenes), labels(scenes)
     torch.manual_seed(TRAIN)
     judge, rng = Judge().train(), np.random.default_rng(TRAIN)
