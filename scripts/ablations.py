@@ -17,12 +17,14 @@ a row for each subject and variant, pictures of the prompts and, last, of the ba
 
 import argparse
 import json
+import os
 import re
 import shutil
-import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
@@ -32,6 +34,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from tables import markdown
+from tqdm import tqdm
 from world import ACCESSORIES, CLASSES, PHOTOGRAPHED, PLACES, SUBJECTS
 
 import minibooth
@@ -79,7 +82,7 @@ def train(folder: Path, name: str, seed: int, changes: dict[str, Any], few_steps
     """The default run with other photographs, and `changes`; class pictures are of the subject's class, whatever the noun."""
     kind, photographs = SUBJECTS[name].kind, WEIGHTS / "subject" / name
     if "pictures" in changes:
-        few = folder.with_name(f"{changes['pictures']}-of-{name}")
+        few = folder.with_name(f"photographs-{folder.name}")
         few.mkdir(parents=True, exist_ok=True)
         for path in find_pictures(photographs)[0][: changes["pictures"]]:
             shutil.copy(path, few)
@@ -142,9 +145,7 @@ def final_loss(folder: Path) -> float:
     return mean(losses[-len(losses) // 4 :])
 
 
-def run(
-    judge: judges.Judge, eyes: Eyes, folder: Path, name: str, seed: int, changes: Changes, few_steps: dict[str, int]
-) -> None:
+def run(judge: Path, folder: Path, name: str, seed: int, changes: Changes, few_steps: dict[str, int]) -> None:
     """Train (only so long, if `few_steps` says so), draw and measure; leaves figures.json and sheet.png, a row of pictures."""
     if changes is not None and not any((folder / file).exists() for file in ("model_index.json", DIFFUSERS)):
         train(folder, name, seed, changes, few_steps)
@@ -154,7 +155,7 @@ def run(
         pipe.load_lora(folder)
     asked = prompts(name, changes)
     new, bare = (draw(pipe, each, seed) for each in (asked, [f"a photo of a {SUBJECTS[name].kind}"] * (OF_CLASS // EACH)))
-    figures = judged(judge, name, new, bare) | measured(eyes, name, asked, new, bare)
+    figures = judged(judges.load(judge), name, new, bare) | measured(Eyes(WEIGHTS / "tiny-clip"), name, asked, new, bare)
     figures |= {"loss": final_loss(folder)} if changes is not None else {}
     folder.mkdir(parents=True, exist_ok=True)
     save_png(grid(new[::EACH] + bare[::EACH][:4], len(ASKED) + 4), folder / "sheet.png", {"prompts": " | ".join(asked)})
@@ -189,27 +190,29 @@ def main() -> None:
     parser.add_argument("--tables", nargs="+", default=[*TABLES], choices=[*TABLES])
     parser.add_argument("--subjects", nargs="+", default=["robot", "cat", "cup"], choices=[*SUBJECTS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="runs at a time, one thread each (default: all cores)"
+    )
     parser.add_argument("--max_train_steps", type=int, help="of every run, for a quick look in a folder of its own")
     args = parser.parse_args()
-    judge, eyes = judges.load(args.judge), Eyes(WEIGHTS / "tiny-clip")
     few_steps = {"max_train_steps": args.max_train_steps} if args.max_train_steps else {}
-    runs, seconds = [*product(args.subjects, args.seeds)], []
-    wanted = {folder_of(args.out, *each, changes) for key in args.tables for changes in TABLES[key].values() for each in runs}
+    cells = [*product(args.subjects, args.seeds)]
+    wanted = {folder_of(args.out, *cell, changes): (*cell, changes)
+              for key in args.tables for changes in TABLES[key].values() for cell in cells}  # fmt: skip
+    how = {"mp_context": get_context("spawn"), "initializer": torch.set_num_threads, "initargs": (1,)}
+    with ProcessPoolExecutor(args.workers, **how) as pool:
+        runs = [
+            pool.submit(run, args.judge, folder, *what, few_steps)
+            for folder, what in wanted.items()
+            if not (folder / "figures.json").exists()
+        ]
+        for done in tqdm(as_completed(runs), desc="runs", total=len(runs), mininterval=0):
+            done.result()
     for key in args.tables:
-        rows: dict[str, list[dict[str, float]]] = {label: [] for label in TABLES[key]}
-        for (label, changes), (name, seed) in product(TABLES[key].items(), runs):
-            folder, began = folder_of(args.out, name, seed, changes), time.monotonic()
-            if not (folder / "figures.json").exists():
-                run(judge, eyes, folder, name, seed, changes, few_steps)
-                seconds.append(time.monotonic() - began)
-                todo = sum(not (each / "figures.json").exists() for each in wanted)
-                left = todo * mean(seconds) / 60
-                print(
-                    f"{folder.name}: {len(wanted) - todo} of {len(wanted)} runs done, some {left:.0f} minutes to go", flush=True
-                )
-            rows[label].append(files.read_json(folder / "figures.json"))
+        folders = {label: [folder_of(args.out, *cell, changes) for cell in cells] for label, changes in TABLES[key].items()}
+        rows = {label: [files.read_json(each / "figures.json") for each in found] for label, found in folders.items()}
         (args.out / f"{key}.md").write_text(f"{(text := table(rows))}\n")
-        print(f"\n{text}\n")
+        print(f"\n{key}\n\n{text}")
         first = [(f"{name}, {label}", folder_of(args.out, name, args.seeds[0], changes))
                  for name, (label, changes) in product(args.subjects, TABLES[key].items())]  # fmt: skip
         save_png(grid([labelled(folder / "sheet.png", words) for words, folder in first], 1), args.out / f"{key}.png", {})
