@@ -171,7 +171,7 @@ def start(settings: Settings, device: torch.device) -> Iterator[Ranks]:
     refused = {
         "--fused_backward_pass updates weights before their gradients are averaged over the processes: leave it out":
             settings.fused_backward_pass,
-        "--use_8bit_adam shares scales among 2048 elements, which --parallel fsdp would cut: take --parallel ddp":
+        "--use_8bit_adam shares a scale among many elements, which --parallel fsdp would cut: take --parallel ddp":
             sharded and settings.use_8bit_adam,
         "--full_bf16 rounds by a weight's place, which --parallel fsdp would move: take --parallel ddp":
             sharded and settings.full_bf16,
