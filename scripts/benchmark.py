@@ -6,7 +6,7 @@ A row is one of ROWS; a side is `ours`, `reference` (batches read and encoded by
 torch.optim.AdamW) or `floor` (the step's operations and bytes at the rates that the machine is measured to have). Either may
 carry flags of minibooth.train, and a side variables of the environment before its name:
 
-    --rows "unet --train_batch_size 8" --sides reference "THP_MEM_ALLOC_ENABLE=1 ours --full_bf16 --compile off" floor
+    --rows "unet --train_batch_size 8" --sides reference "THP_MEM_ALLOC_ENABLE=0 ours --full_bf16 --compile off" floor
 
 Every measurement is a process of its own, and the sides take turns, --repeats times. Each leaves a line of JSON in --out as
 soon as it is done; the table has medians over all. A folder of configurations without weights gets random ones.
@@ -45,7 +45,7 @@ from tables import markdown
 from torch import Tensor
 
 import minibooth
-from minibooth import train
+from minibooth import command, train
 from minibooth.command import DTYPES
 from minibooth.dreambooth import compiling
 from minibooth.dreambooth.parallel import Ranks
@@ -69,7 +69,7 @@ def settings(job: dict[str, Any]) -> Settings:
     """The run that a job describes."""
     folder, (row, *flags) = Path(job["folder"]), shlex.split(job["row"])
     named = PROMPTS | {name: str(folder / "pictures") for name in ("instance_data_dir", "class_data_dir")}
-    named |= {"pretrained_model_name_or_path": job["model"], "output_dir": str(folder / "run"), "num_class_images": 4}
+    named |= {"pretrained_model_name_or_path": job["model"], "output_dir": str(folder / "run"), "num_class_images": 1}
     named |= {"resolution": job["resolution"], "train_batch_size": job["batch"], "max_train_steps": job["steps"] + 1}
     named |= {"mixed_precision": job["precision"].replace("fp32", "no"), "device": job["device"], "seed": 0}
     words = [f"--{name}={value}" for name, value in named.items()]
@@ -213,8 +213,10 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """One measurement in a process of its own: what `work` returns, or the error that ended it."""
-    command = [sys.executable, __file__, "--job", json.dumps(job | {"began": time.time()})]
-    done = subprocess.run(command, env=os.environ | parts(job["side"])[0], capture_output=True, text=True)
+    argv = [sys.executable, __file__, "--job", json.dumps(job | {"began": time.time()})]
+    variables, name, _ = parts(job["side"])
+    given = command.ENVIRONMENT if name == "ours" else {}  # as python -m minibooth.train would have it
+    done = subprocess.run(argv, env=given | os.environ | variables, capture_output=True, text=True)
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or [f"ended by signal {-done.returncode}"])[-1]}
     return json.loads(done.stdout.splitlines()[-1])
@@ -256,6 +258,7 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", default=["reference", "ours", "floor"])
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=[*DTYPES])
     parser.add_argument("--resolution", type=int, default=512)
+    parser.add_argument("--pictures", type=int, default=4, help="photographs, and as many class pictures")
     parser.add_argument("--batch", type=int, default=1, help="pictures of a step, and those drawn at a time")
     parser.add_argument("--steps", type=int, default=3, help="steps of a measurement, after a first one that does not count")
     parser.add_argument("--draw_steps", type=int, default=50, help="steps of drawing")
@@ -273,7 +276,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / "pictures").mkdir()
-        for n in range(4):
+        for n in range(args.pictures):
             noise = np.random.default_rng(n).integers(0, 256, (args.resolution, args.resolution, 3), np.uint8)
             Image.fromarray(noise).save(folder / "pictures" / f"{n}.png")
         same = {name: getattr(args, name) for name in ("resolution", "batch", "steps", "draw_steps", "device")}
