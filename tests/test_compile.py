@@ -17,7 +17,8 @@ from minibooth.dreambooth.objective import dreambooth_loss
 from minibooth.dreambooth.optimizer import BLOCK, code, update
 from minibooth.models import ops
 
-SHAPES = [(320, 64), (1920, 32), (2560, 16), (1280, 8)]  # channels and side, some of Stable Diffusion 1.4's at 512 pixels
+SIDES = {64: (320, 640, 960), 32: (320, 640, 960, 1280, 1920), 16: (640, 1280, 1920, 2560), 8: (1280, 2560)}
+SHAPES = [(channels, side) for side, each in SIDES.items() for channels in each]  # all of Stable Diffusion 1.4's at 512 pixels
 LATENT, T = (2, 4, 64, 64), torch.tensor([3, 700])
 SCHEDULER = DDPMScheduler({"_class_name": "DDPMScheduler", "prediction_type": "v_prediction"})
 
@@ -63,7 +64,7 @@ def of_norms(shapes) -> tuple:
 
 
 CASES = {  # an operation, its inputs, as Stable Diffusion has them and small ones, the most kernels forward and backward
-    "norm_silu": (norms, lambda: of_norms(SHAPES), lambda: of_norms([(64, 4), (96, 8)]), 6 * 4, 8 * 4),
+    "norm_silu": (norms, lambda: of_norms(SHAPES), lambda: of_norms([(64, 4), (96, 8)]), 6 * len(SHAPES), 8 * len(SHAPES)),
     "geglu": (ops.geglu, lambda: leaves((2, 4096, 2560)), lambda: leaves((2, 8, 64)), 1, 1),
     "quick_gelu": (ops.quick_gelu, lambda: leaves((2, 77, 3072)), lambda: leaves((2, 7, 64)), 1, 1),
     "noised": (noised, lambda: normals(2, *LATENT), lambda: normals(2, 2, 4, 8, 8), 1, 0),
