@@ -40,11 +40,11 @@ from minibooth.dreambooth.optimizer import AdamW, moments, restore
 from minibooth.dreambooth.parallel import Ranks
 from minibooth.dreambooth.prior import DRAWING, ClassPictures
 from minibooth.dreambooth.settings import Settings
-from minibooth.dreambooth.weights import KOHYA, Weights
+from minibooth.dreambooth.weights import Weights
 from minibooth.errors import UserError
 
 OFFSET_NOISE = 0.1
-SAME = ("use_8bit_adam", "full_bf16")  # what a checkpoint's tensors are stored by
+SAME = "rank", "lora_targets", "train_text_encoder", "use_8bit_adam", "full_bf16"  # what a checkpoint's tensors depend on
 
 
 class Trainer:
@@ -68,11 +68,10 @@ class Trainer:
         self.journal = Journal(settings)
         self.resumed = self.journal.to_resume()
         state = files.read_json(self.resumed / "state.json") if self.resumed else {"step": 0}
-        if self.resumed and (self.resumed / KOHYA).exists() != bool(settings.rank):
-            raise UserError(f"{self.resumed} is {'not ' * bool(settings.rank)}a LoRA's: go on with the same --rank as before")
-        for name in SAME:
-            if self.resumed and state.get(name, False) != getattr(settings, name):
-                raise UserError(f"{self.resumed} was trained with{'out' * (not state.get(name))} --{name}: go on as it began")
+        for name in SAME if self.resumed else ():
+            if (begun := state[name]) != getattr(settings, name):
+                there = f"with --{name}" + f" {begun}" * (begun is not True) if begun else f"without --{name}"
+                raise UserError(f"{self.resumed} was trained {there}: go on as it began")
         self.start: int = state["step"]
         if self.ranks.same(self.start) != self.start:
             raise UserError(f"--output_dir {settings.output_dir} is not the same folder for all processes: take a shared one")

@@ -17,7 +17,6 @@ from minibooth.diffusion.noise import generator
 from minibooth.dreambooth.optimizer import BLOCK
 from minibooth.dreambooth.parallel import BLOCKS, Ranks
 from minibooth.dreambooth.settings import Settings
-from minibooth.errors import UserError
 from minibooth.models import lora
 from minibooth.models.blocks import Transformer
 from minibooth.models.lora import Adapter
@@ -48,13 +47,11 @@ class Weights:
         self.lora = {name: self.adapters(name) for name in self.trained if settings.rank}
 
     def adapters(self, name: str) -> dict[str, Adapter]:
-        """A network's LoRA: new, or the checkpoint's. Raises UserError for one of another rank or other targets."""
+        """A network's LoRA: new, or the checkpoint's."""
         s, rng = self.settings, generator(self.seed, "lora", name)
         made = lora.fresh(self.trained[name], s.lora_targets, s.rank, s.lora_alpha or s.rank, s.lora_dropout, rng)
         if self.resumed:
             saved = lora_files.read(self.resumed / KOHYA, self.pipe.source).get(name, {})
-            if {layer: x.down.shape for layer, x in saved.items()} != {layer: x.down.shape for layer, x in made.items()}:
-                raise UserError(f"{self.resumed} holds a LoRA of another --rank or other --lora_targets: go on with the same")
             for layer, adapter in made.items():
                 adapter.down.data.copy_(saved[layer].down)
                 adapter.up.data.copy_(saved[layer].up)
