@@ -235,6 +235,7 @@ def test_super_resolution_has_one_too(few_drawing_steps, x4, tmp_path):
     )
     page = Page(output / "report.html")
     assert page.grids() == [0, 1] and len(page.all("img")) == 5 and ("loss", "c0") in page.curves()
+    assert "from left to right" in (output / "report.html").read_text()
 
 
 def test_a_metrics_model_measures_every_grid_and_changes_nothing_else(few_drawing_steps, tmp_path):

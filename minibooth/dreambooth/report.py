@@ -18,6 +18,8 @@ from pathlib import Path
 from statistics import fmean
 from string import Template
 
+from PIL import Image
+
 from minibooth.checkpoint import files
 from minibooth.dreambooth.data import open_picture
 from minibooth.dreambooth.settings import Settings
@@ -76,7 +78,9 @@ def write(folder: Path) -> None:
     steps = max((points[-1][0] for points in every.values()), default=0)
     minutes = sum(seconds for _, seconds in every.get("seconds", ())) / 60
     numbered = ((re.fullmatch(r"step-(\d+)\.png", path.name), path) for path in folder.glob("samples/*"))
-    drawn = ((n, encoded(path, GRID)) for n, path in sorted((int(match[1]), path) for match, path in numbered if match))
+    samples = sorted((int(match[1]), path) for match, path in numbered if match)
+    drawn = ((n, encoded(path, GRID)) for n, path in samples)
+    captions = (s["validation_prompt"] or "").split("|") + [caption_of(path) for _, path in samples[-1:]]
     grids = [f'<img src="{uri}" alt="Drawn at step {n}" data-step={n} hidden>' for n, uri in drawn if uri]
     photographs = (encoded(path, PHOTOGRAPH) for path in sorted(Path(s["instance_data_dir"]).glob("[!.]*"))[:MOST])
     real = [f'<img src="{uri}" alt="Photograph of the subject">' for uri in photographs if uri]
@@ -93,7 +97,7 @@ def write(folder: Path) -> None:
         title=escape(s["instance_prompt"]), command=escape(" ".join(words)), real="\n".join(real),
         facts=f"{steps} steps at {s['resolution']} px, learning rate {s['learning_rate']:g}, in {minutes:.1f} minutes",
         given="".join(rows[False]), usual="".join(rows[True]), no_grids="hidden" * (not grids), no_real="hidden" * (not real),
-        grids="\n".join(grids), last=len(grids) - 1, prompts=tagged("li", (s["validation_prompt"] or "").split("|")),
+        grids="\n".join(grids), last=len(grids) - 1, prompts=tagged("li", filter(None, captions)),
         losses=chart(losses, 720, 260) if losses else "",
         others="".join(chart({name: every[name]}, 350, 150, stops.get(name)) for name in others),
         stop=tagged("p", (f"By {name}, stop at step {n}: first at {SHARE:.0%} of its rise." for name, n in stops.items())),
@@ -111,6 +115,13 @@ def columns(path: Path) -> dict[str, list[tuple[float, float]]]:
                 if name != "step" and isinstance(value, int | float) and math.isfinite(value):
                     found.setdefault(name, []).append((values["step"], value))
     return found
+
+
+def caption_of(path: Path) -> str:
+    """What a grid says of its columns; "" where it says nothing, or is no picture."""
+    with contextlib.suppress(OSError), Image.open(path) as grid:
+        return str(grid.info.get("caption", ""))
+    return ""
 
 
 def encoded(path: Path, side: int) -> str:

@@ -29,6 +29,7 @@ class TextToImage:
     """A picture is resized to the resolution; XL is told its sizes [B, 6]."""
 
     name, use = "text_to_image", "generate"  # the value of --stage, and the command that draws
+    caption = ""  # what the columns of the validation's grid are, where prompts do not say it
     pipe: Any
 
     def __init__(self, settings: Settings, pipe: StableDiffusion, pictures: Sequence[Path]):
@@ -73,6 +74,7 @@ class SuperResolution(TextToImage):
     """
 
     name, use = "super_resolution", "upscale --noise_level 0 --images ..."
+    caption = "from left to right: what it is shown, what it makes of it, the photograph"
 
     def check(self, pictures: Sequence[Path], drawn: int = 0) -> None:
         (low, high), most, side = self.settings.noise_levels, self.pipe.max_noise_level, self.settings.resolution
