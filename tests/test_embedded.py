@@ -115,7 +115,7 @@ def test_weights_stay_small():
 # ---- the embedded upscaler
 
 
-def test_the_upscaler_is_nearer_to_scenes_it_never_saw_than_bicubic_and_at_edges_much_nearer():
+def test_the_upscaler_is_two_decibels_nearer_to_scenes_it_never_saw_than_bicubic_and_at_edges_nearer_still():
     scenes = [Scene.random(np.random.default_rng([34, i])) for i in range(3)]
     drawn = np.stack([scene.draw(256) for scene in scenes])
     low, truth = [Image.fromarray(each) for each in shrunk(drawn)], to_batch(drawn)
@@ -123,9 +123,9 @@ def test_the_upscaler_is_nearer_to_scenes_it_never_saw_than_bicubic_and_at_edges
     made = minibooth.load(WEIGHTS / "tiny-x4").generate([scene.caption() for scene in scenes], low, **how)
     bicubic = [each.resize((256, 256), Image.Resampling.BICUBIC) for each in low]
     ours, usual = (to_batch(np.stack([*map(np.asarray, pictures)])) for pictures in (made, bicubic))
-    assert psnr(ours, truth) > psnr(usual, truth)
+    assert psnr(ours, truth) > psnr(usual, truth) + 2
     edges = [(x - truth).diff(dim=3).square().mean().sqrt() for x in (ours, usual)]
-    assert edges[0] < 0.9 * edges[1]
+    assert edges[0] < 0.75 * edges[1]
 
 
 def test_diffusers_opens_the_upscaler_and_draws_the_same():
