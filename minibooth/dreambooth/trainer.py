@@ -278,7 +278,8 @@ class Trainer:
         if self.watch:
             of_class = rows.pop() if s.class_prompt else []
             self.journal.log(step=step, **self.watch.look([picture for row in rows for picture in row], of_class))
-        about = {"prompt": s.validation_prompt, "caption": self.stage.caption, "step": str(step), "seed": str(self.seed)}
+        about = {"prompt": s.validation_prompt, "step": str(step), "seed": str(self.seed)}
+        about |= {"caption": self.stage.caption} if self.stage.caption else {}
         path = self.journal.folder / "samples" / f"step-{step}.png"
         path.parent.mkdir(exist_ok=True)
         save_png(grid([picture for row in rows for picture in row], columns=len(rows[0])), path, about)
