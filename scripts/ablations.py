@@ -17,7 +17,6 @@ a row for each subject and variant, pictures of the prompts and, last, of the ba
 
 import argparse
 import json
-import os
 import re
 import shutil
 from collections import Counter
@@ -190,9 +189,7 @@ def main() -> None:
     parser.add_argument("--tables", nargs="+", default=[*TABLES], choices=[*TABLES])
     parser.add_argument("--subjects", nargs="+", default=["robot", "cat", "cup"], choices=[*SUBJECTS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count(), help="runs at a time, one thread each (default: all cores)"
-    )
+    parser.add_argument("--workers", type=int, help="runs at a time, one thread each (default: all cores)")
     parser.add_argument("--max_train_steps", type=int, help="of every run, for a quick look in a folder of its own")
     args = parser.parse_args()
     few_steps = {"max_train_steps": args.max_train_steps} if args.max_train_steps else {}

@@ -88,14 +88,14 @@ def soften(x: Tensor, rng: np.random.Generator) -> Tensor:
     """A batch as a generator might leave it: blurred, with blots and noise, brighter or darker, all by random amounts."""
     strength = torch.from_numpy(rng.random((5, len(x), 1, 1, 1))).float()
 
-    def noise(*shape: int) -> Tensor:
-        return torch.from_numpy(rng.standard_normal((len(x), 3, *shape), dtype=np.float32))
+    def noise(side: int) -> Tensor:
+        return torch.from_numpy(rng.standard_normal((len(x), 3, side, side), dtype=np.float32))
 
     small = x
     for _ in range(2):
         small = F.avg_pool2d(small, 3, stride=1, padding=1, count_include_pad=False)
-    blots = F.interpolate(noise(SIZE // 4, SIZE // 4), scale_factor=4, mode="bicubic")
-    x = torch.lerp(x, small, strength[0]) + 0.2 * strength[1] * blots + 0.15 * strength[2] * noise(SIZE, SIZE)
+    blots = F.interpolate(noise(SIZE // 4), scale_factor=4, mode="bicubic")
+    x = torch.lerp(x, small, strength[0]) + 0.2 * strength[1] * blots + 0.15 * strength[2] * noise(SIZE)
     return x * (0.85 + 0.3 * strength[3]) + 0.2 * (strength[4] - 0.5)
 
 

@@ -68,8 +68,8 @@ class Trainer:
         self.journal = Journal(settings)
         self.resumed = self.journal.to_resume()
         state = files.read_json(self.resumed / "state.json") if self.resumed else {"step": 0}
-        for name in SAME if self.resumed else ():
-            if (begun := state[name]) != getattr(settings, name):
+        for name in SAME:
+            if (begun := state.get(name, getattr(settings, name))) != getattr(settings, name):
                 there = f"with --{name}" + f" {begun}" * (begun is not True) if begun else f"without --{name}"
                 raise UserError(f"{self.resumed} was trained {there}: go on as it began")
         self.start: int = state["step"]
