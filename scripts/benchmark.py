@@ -8,12 +8,13 @@ carry flags of minibooth.train, and a side variables of the environment before i
 
     --rows "unet --train_batch_size 8" --sides reference "THP_MEM_ALLOC_ENABLE=0 ours --full_bf16 --compile off" floor
 
-Every measurement is a process of its own, and the sides take turns, --repeats times. Each leaves a line of JSON in --out as
-soon as it is done; the table has medians over all. A folder of configurations without weights gets random ones.
+Every measurement is a process of its own, and the sides take turns, --repeats times; with --at_once, so many are set up side
+by side, which is most of the time where there is a compiler, and still measured one by one. Each leaves a line of JSON in
+--out as soon as it is done; the table has medians over all. A folder of configurations without weights gets random ones.
 
-What an H200 should show, in ten minutes; SD1 and SD2 are folders of models:
+On a GPU, SD1 and SD2 being folders of models, half a minute of which a second is measured:
 
-    python scripts/benchmark.py --model SD1 --precision bf16 --steps 20 --repeats 1 --warm --budget 400 --out figures.jsonl \\
+    python scripts/benchmark.py --model SD1 --precision bf16 --steps 20 --repeats 1 --at_once 6 --out figures.jsonl \\
         --rows "prior --train_batch_size 1" "unet --train_batch_size 8" "draw --train_batch_size 4" \\
         --sides reference "reference --compile on" "ours --compile off" "ours --compile on" floor
     python scripts/benchmark.py --model SD2 --precision bf16 --steps 20 --repeats 1 --out figures.jsonl \\
@@ -30,8 +31,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -195,31 +196,44 @@ def loads(s: Settings, name: str) -> Step:
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
-    """One measurement, in this process."""
+    """One measurement, in this process: all is ready after a first step, then it says so and waits for its turn."""
     s, row, name, dtype = settings(job), shlex.split(job["row"])[0], parts(job["side"])[1], DTYPES[job["precision"]]
     pictures = {"pictures": s.train_batch_size * (1 + s.with_prior_preservation)} if row != "load" else {}
-    if name == "floor":
-        return counting.floor(s, dtype) | pictures
     pipelines = {"draw": lambda: draws(s, name, dtype, job["draw_steps"]), "load": lambda: loads(s, name)}
-    step = pipelines[row]() if row in pipelines else {"ours": ours, "reference": reference}[name](s)
-    taken, first = [], 0.0
-    for n in range(2 if row in pipelines else 1 + job["steps"]):
-        taken.append(counting.seconds(lambda n=n: step(n), job["device"]))
-        first = first or time.time() - job["began"]
+    step = None
+    if name != "floor":
+        step = pipelines[row]() if row in pipelines else {"ours": ours, "reference": reference}[name](s)
+        counting.seconds(lambda: step(0), job["device"])
+    first = time.time() - job["began"]
+    print("ready", flush=True)
+    sys.stdin.readline()
+    if step is None:
+        return counting.floor(s, dtype) | pictures
+    taken = [
+        counting.seconds(lambda n=n: step(n), job["device"]) for n in range(1, 2 if row in pipelines else 1 + job["steps"])
+    ]
     resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # as Linux counts it
     memory = torch.cuda.max_memory_allocated() if job["device"] == "cuda" else resident
-    return {"seconds": taken[1:], "first": first, "memory": memory} | pictures
+    return {"seconds": taken, "first": first, "memory": memory} | pictures
 
 
-def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """One measurement in a process of its own: what `work` returns, or the error that ended it."""
-    argv = [sys.executable, __file__, "--job", json.dumps(job | {"began": time.time()})]
-    variables, name, _ = parts(job["side"])
-    given = command.ENVIRONMENT if name == "ours" else {}  # as python -m minibooth.train would have it
-    done = subprocess.run(argv, env=given | os.environ | variables, capture_output=True, text=True)
-    if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or [f"ended by signal {-done.returncode}"])[-1]}
-    return json.loads(done.stdout.splitlines()[-1])
+def measure(jobs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Measurements in processes of their own, of each what `work` returns, or the error that ended it."""
+    with ExitStack() as stack:
+        running = []
+        for job in jobs:
+            argv = [sys.executable, __file__, "--job", json.dumps(job | {"began": time.time()})]
+            variables, name, _ = parts(job["side"])
+            given = command.ENVIRONMENT if name == "ours" else {}  # as python -m minibooth.train would have it
+            errors = stack.enter_context(tempfile.TemporaryFile("w+"))
+            how = {"env": given | os.environ | variables, "stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            running.append((subprocess.Popen(argv, stderr=errors, **how), errors))
+        ready = [process.stdout.readline() for process, _ in running]
+        for (process, errors), _ in zip(running, ready, strict=True):
+            printed, _ = process.communicate("go\n")
+            errors.seek(0)
+            last = (errors.read().strip().splitlines() or [f"ended by signal {-process.returncode}"])[-1]
+            yield {"error": last} if process.returncode else json.loads(printed.splitlines()[-1])
 
 
 def medians(lines: list[dict[str, Any]]) -> dict[str, Any]:
@@ -264,14 +278,13 @@ def main() -> None:
     parser.add_argument("--draw_steps", type=int, default=50, help="steps of drawing")
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each row, side and precision")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no measurement begins")
-    parser.add_argument("--warm", action="store_true", help="fill the compile caches before, for all at a time")
+    parser.add_argument("--at_once", type=int, default=1, help="processes to set up side by side (default 1)")
     parser.add_argument("--out", type=Path, default=Path(os.devnull), help="file of JSON lines to append to")
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
         return print(json.dumps(work(args.job)))
-    began, lines = time.monotonic(), []
+    lines = []
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{os.cpu_count()} cores"
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -286,13 +299,10 @@ def main() -> None:
             for repeat, precision, row, side in itertools.product(range(args.repeats), args.precision, args.rows, args.sides)
             if parts(side)[1] != "floor" or shlex.split(row)[0] not in ("draw", "load")
         ]
-        if args.warm:
-            compiled = [job for job in jobs if "--compile on" in job["side"] and not job["repeat"]]
-            with ThreadPoolExecutor() as pool:
-                pool.map(measure, (job | {"steps": 1, "draw_steps": 2} for job in compiled))
-        for job in jobs:
-            if time.monotonic() - began < args.budget:
-                lines.append(job | {"machine": machine, "torch": torch.__version__} | measure(job))
+        for i in range(0, len(jobs), args.at_once):
+            some = jobs[i : i + args.at_once]
+            for job, found in zip(some, measure(some), strict=True):
+                lines.append(job | {"machine": machine, "torch": torch.__version__} | found)
                 print(json.dumps(lines[-1]), flush=True)
                 with args.out.open("a") as file:
                     file.write(json.dumps(lines[-1]) + "\n")

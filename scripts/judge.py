@@ -99,20 +99,19 @@ def soften(x: Tensor, rng: np.random.Generator) -> Tensor:
     return x * (0.85 + 0.3 * strength[3]) + 0.2 * (strength[4] - 0.5)
 
 
-def train(folder: Path, count: int, epochs: int) -> None:
+def train(folder: Path, count: int, epochs: int, device: torch.device) -> None:
     """Train on `count` rendered scenes, half of them with marks, and write folder/judge.safetensors."""
     scenes = random_scenes(TRAIN, count, marked=2)
     images, truth = rendered(scenes), labels(scenes)
     torch.manual_seed(TRAIN)
-    judge, rng = Judge().train(), np.random.default_rng(TRAIN)
+    judge, rng = Judge().train().to(device), np.random.default_rng(TRAIN)
     steps = epochs * (count // BATCH)
     optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
     order = np.concatenate([rng.permutation(count)[: count // BATCH * BATCH] for _ in range(epochs)])
     for which in tqdm(order.reshape(steps, BATCH), desc="training the judge", mininterval=10):
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = judge(soften(in_unit(images[which]), rng))
-        loss = sum(F.cross_entropy(logits[name].float(), truth[name][which]) for name in ATTRIBUTES)
+        logits = judge(soften(in_unit(images[which]), rng).to(device))
+        loss = sum(F.cross_entropy(logits[name], truth[name][which].to(device)) for name in ATTRIBUTES)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -147,20 +146,20 @@ def accuracy(judge: Judge, x: Tensor, scenes: list[Scene], said: bool = False) -
 @torch.no_grad()
 def reconstructed(vae: VAE, x: Tensor) -> Tensor:
     """Pictures through the VAE and back."""
-    return torch.cat([vae.decode(vae.encode(part).mean) for part in x.split(BATCH)]).clamp(-1, 1)
+    parts = x.to(vae.quant_conv.weight.device).split(BATCH)
+    return torch.cat([vae.decode(vae.encode(part).mean) for part in parts]).clamp(-1, 1).cpu()
 
 
-def score(folder: Path, model: Path, count: int, steps: int, guidance: float) -> Iterator[str]:
+def score(folder: Path, model: Path, count: int, steps: int, guidance: float, device: torch.device) -> Iterator[str]:
     """The lines of the table: rendered scenes, the same through the VAE, and what the model draws for full captions."""
-    judge, pipe = load(folder), minibooth.load(model)
+    judge, pipe = load(folder), minibooth.load(model, device=device)
     held_out, asked = random_scenes(HELD_OUT, count, marked=4), random_scenes(ASKED, count)
     real = in_unit(rendered(held_out))
     soft = reconstructed(pipe.vae, real)
     drawn = []
     for i in tqdm(range(0, count, BATCH), desc="drawing", mininterval=10):
         captions = [scene.caption() for scene in asked[i : i + BATCH]]
-        with torch.autocast("cpu", torch.bfloat16):
-            drawn += pipe.generate(captions, steps=steps, guidance_scale=guidance, seed=i)
+        drawn += pipe.generate(captions, steps=steps, guidance_scale=guidance, seed=i)
     rows = {
         "rendered": accuracy(judge, real, held_out),
         "through the VAE": accuracy(judge, soft, held_out),
@@ -186,11 +185,13 @@ def main() -> None:
     scoring.add_argument("--scenes", type=int, default=500)
     scoring.add_argument("--steps", type=int, default=25)
     scoring.add_argument("--guidance-scale", type=float, default=4.0)
+    for command in (training, scoring):
+        command.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu (default) or cuda")
     args = parser.parse_args()
     if args.command == "train":
-        train(args.out, args.scenes, args.epochs)
+        train(args.out, args.scenes, args.epochs, args.device)
     else:
-        print(*score(args.judge, args.model, args.scenes, args.steps, args.guidance_scale), sep="\n")
+        print(*score(args.judge, args.model, args.scenes, args.steps, args.guidance_scale, args.device), sep="\n")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,11 @@
     python scripts/pretrain_tiny.py --out weights/tiny --work DIR --minutes 120
 
 Stages, each kept in DIR and skipped or continued by the next call: pictures of random scenes; a vocabulary learnt from
-their captions; the VAE (Rombach et al. 2022, section 3.1); the latents of all scenes; the VAE's decoder for a while longer;
+their captions; the captions, in several wordings each; the VAE (Rombach et al. 2022, section 3.1); the latents of all scenes;
 UNet and text encoder together, with captions dropped for classifier-free guidance. A larger --minutes takes the training
-up again from where it ended.
+up again from where it ended. Whatever a step needs lies on the device, so that a GPU is never waited for.
 
-Shapes: B batch, N scenes, Z latent channels, h x w latent size.
+Shapes: B batch, N scenes, W wordings, L tokens, Z latent channels, h x w latent size.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from pretraining import Training, averages, begun, export, noised, psnr, start_at_zero, to_batch, weighted
+from pretraining import Training, averages, begun, export, noised, on, psnr, start_at_zero, to_batch, weighted
 from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
@@ -40,7 +40,8 @@ from minibooth.models.tokenizer import END, START, Tokenizer
 from minibooth.models.unet import UNet
 from minibooth.models.vae import VAE
 
-CHUNK, HELD_OUT, SIZE, SEED = 1000, 500, 64, 0
+CHUNK, HELD_OUT, SIZE, WORDINGS, SEED = 1000, 500, 64, 8, 0
+BATCH = {"cpu": (4, 48), "cuda": (64, 256)}  # whole pictures for the VAE, latents for the UNet
 RARE = "sks zwx olis qiv"  # identifiers for DreamBooth: a token each, in no caption
 INDEX = {
     "_class_name": "StableDiffusionPipeline",
@@ -132,24 +133,53 @@ def learn_vocabulary(folder: Path, captions: Sequence[str]) -> None:
         (temporary / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
 
 
+def worded(tokens: dict[str, bytes], chunk: int, scenes: Sequence[Scene]) -> tuple[np.ndarray, np.ndarray]:
+    """Captions of a chunk's scenes, three in ten in full, as ids [CHUNK, W, L]; where errors weigh most [CHUNK, 1, h, w]."""
+    tokenizer, rng = Tokenizer.from_files(tokens), np.random.default_rng([SEED, 2, chunk])
+    said = [scene.caption(rng if rng.random() < 0.7 else None) for scene in scenes for _ in range(WORDINGS)]
+    emphasis = np.stack([scene.emphasis(SIZE // 4) for scene in scenes])
+    return tokenizer(said).view(len(scenes), WORDINGS, -1).short().numpy(), emphasis[:, None].astype(np.float16)
+
+
+def word_all(path: Path, tokens: dict[str, bytes], scenes: list[Scene], workers: int) -> None:
+    """The same of all scenes, in a file."""
+    chunks = [scenes[i : i + CHUNK] for i in range(0, len(scenes), CHUNK)]
+    with ProcessPoolExecutor(workers) as pool:
+        parts = pool.map(worded, [tokens] * len(chunks), range(len(chunks)), chunks)
+        ids, emphasis = (torch.from_numpy(np.concatenate(column)) for column in zip(*parts, strict=True))
+    files.write_weights(path, {"ids": ids, "emphasis": emphasis})
+
+
 # --- the VAE ---------------------------------------------------------------------------------------------------------
 
 
 def vae_loss(vae: VAE, x: Tensor, noise: Tensor) -> Tensor:
-    """Absolute and squared error, the latter also of the coarse picture, where colours are; a touch of KL divergence.
+    """The error, a touch of KL divergence, and the divergence of all latents' common covariance from the identity.
 
-    The divergence of all latents' common covariance from the identity keeps each channel in use: without it they stay
-    copies of light and dark for thousands of steps.
+    The last keeps each channel in use: without it they stay copies of light and dark for thousands of steps. Of crops the
+    error is the absolute and the squared, the latter also of the coarse picture, where colours are; of whole pictures the
+    logarithm of each one's squared error, which PSNR is the mean of and whose slope is twelve times as steep.
     """
     posterior = vae.encode(x)
     mean, std = posterior.mean.float(), posterior.std.float()
     error = vae.decode(mean + std * noise).float() - x
-    coarse = F.avg_pool2d(error, 4)
-    kl = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log())
-    covariance = torch.cov(mean.transpose(0, 1).flatten(1)) + 1e-4 * torch.eye(mean.shape[1], device=x.device)
-    common = 0.5 * (covariance.trace() - mean.shape[1] - covariance.logdet())
-    squared = 5 * error.square().mean() + 10 * coarse.square().mean()
-    return error.abs().mean() + squared + 1e-4 * kl.mean() + 0.1 * common
+    kl = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).mean()
+    rest = 1e-4 * kl + 0.1 * divergence(mean.transpose(0, 1).flatten(1))
+    if x.shape[-1] == SIZE:
+        return error.square().mean(dim=(1, 2, 3)).log().mean() + 12 * rest
+    return error.abs().mean() + 5 * error.square().mean() + 10 * F.avg_pool2d(error, 4).square().mean() + rest
+
+
+def divergence(x: Tensor) -> Tensor:
+    """Of the Gaussian with the covariance of x [Z, samples] from the standard one; by elimination, so that no GPU waits."""
+    x = x - x.mean(dim=1, keepdim=True)
+    covariance = (x[:, None] * x[None]).mean(dim=2) + 1e-4 * torch.eye(len(x), device=x.device)
+    trace, logdet = covariance.trace(), torch.zeros((), device=x.device)
+    for _ in range(len(x)):
+        column = covariance[1:, 0]
+        logdet = logdet + covariance[0, 0].log()
+        covariance = covariance[1:, 1:] - column[:, None] * column[None] / covariance[0, 0]
+    return 0.5 * (trace - len(x) - logdet)
 
 
 def train_vae(args: argparse.Namespace) -> None:
@@ -158,7 +188,7 @@ def train_vae(args: argparse.Namespace) -> None:
     Then every scene's posterior goes to latents.safetensors, with the factor that brings the latents to unit variance.
     """
     work, device = args.work, args.device
-    images = scene_images(work)
+    images = torch.from_numpy(scene_images(work)).to(device)
     train, held_out = images[:-HELD_OUT], to_batch(images[-HELD_OUT:])
     vae = VAE(VAEConfig.from_dict(CONFIGS["vae"])).to(device)
     start_at_zero(vae, ("conv2", "to_out.0"))
@@ -167,72 +197,41 @@ def train_vae(args: argparse.Namespace) -> None:
     vae = training.average
 
     def draw(step: int) -> tuple[Tensor, Tensor]:
-        rng = np.random.default_rng([SEED, 1, step])
-        side, count = (SIZE, 4) if training.seconds > 0.65 * training.budget else (SIZE // 2, 16)
-        places = rng.integers((len(train), SIZE - side + 1, SIZE - side + 1), size=(count, 3))
-        crops = [train[i, y : y + side, x : x + side] for i, y, x in places]
+        rng, whole = generator(SEED, "vae", step), training.seconds > 0.65 * training.budget
+        side, count = (SIZE, 1) if whole else (SIZE // 2, 4)
+        top, left = torch.randint(SIZE - side + 1, (2,), generator=rng).tolist()
+        count, noise = count * BATCH[device.type][0], on(device, rng)
+        which = torch.randint(len(train), (count,), generator=noise, device=device)
         shape = count, vae.config.latent_channels, side // vae.factor, side // vae.factor
-        return to_batch(np.stack(crops)), torch.randn(shape, generator=generator(SEED, "vae", step))
+        crops = train[which, top : top + side, left : left + side]
+        return to_batch(crops), torch.randn(shape, generator=noise, device=device)
 
     @torch.no_grad()
     def show() -> None:
-        x = held_out[:200].to(device)
+        x = held_out[:200]
         y = torch.cat([vae.decode(vae.encode(part).mean) for part in x.split(20)]).clamp(-1, 1)
         print(f"vae: {psnr(x, y):.2f} dB on held-out scenes", flush=True)
         pairs = [to_image(torch.cat(pair, dim=1)).resize((128, 256)) for pair in zip(x[:24], y[:24], strict=True)]
         grid(pairs, 12).save(work / "vae.png")
 
     @torch.no_grad()
-    def encode(part: np.ndarray) -> tuple[Tensor, Tensor]:
-        posterior = vae.encode(to_batch(part).to(device))
-        return posterior.mean.half().cpu(), posterior.std.half().cpu()
+    def encode(part: Tensor) -> tuple[Tensor, Tensor]:
+        posterior = vae.encode(to_batch(part))
+        return posterior.mean.half(), posterior.std.half()
 
     training.run(draw, show)
-    parts = training.pool.map(encode, np.array_split(images, len(images) // 50))
+    parts = training.pool.map(encode, images.split(20 * BATCH[device.type][0]))
     mean, std = (torch.cat(part) for part in zip(*parts, strict=True))
     scale = (mean.float().var() + std.float().square().mean()).rsqrt()
     print(f"{len(mean)} latents: scaling factor {scale:.4f}, noise {std.float().mean() * scale:.3f}", flush=True)
     files.write_weights(work / "latents.safetensors", {"mean": mean, "std": std, "scale": scale})
 
 
-def decoder_loss(parts: nn.ModuleDict, z: Tensor, x: Tensor) -> Tensor:
-    """The logarithm of each picture's mean squared error: what PSNR is the mean of."""
-    error = parts["decoder"](parts["post_quant_conv"](z)).float() - x
-    return error.square().mean(dim=(1, 2, 3)).log().mean()
-
-
-def train_decoder(args: argparse.Namespace) -> None:
-    """The decoder alone, on whole pictures and for PSNR only: latents stay what the UNet knows.
-
-    As Stability AI did with the VAE of Stable Diffusion (sd-vae-ft-mse).
-    """
-    images, latents = scene_images(args.work), load_file(args.work / "latents.safetensors")
-    vae = trained_vae(args.work).to(args.device)
-    parts = nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder})
-    training = Training(args.work / "decoder.safetensors", parts, decoder_loss, 0.01, args.decoder_minutes, args.threads)
-
-    def draw(step: int) -> tuple[Tensor, Tensor]:
-        rng, noise = np.random.default_rng([SEED, 3, step]), generator(SEED, "decoder", step)
-        which = rng.integers(len(images) - HELD_OUT, size=16)
-        mean, std = (latents[key][which].float() for key in ("mean", "std"))
-        return mean + std * torch.randn(mean.shape, generator=noise), to_batch(images[which])
-
-    @torch.no_grad()
-    def show() -> None:
-        x, z = to_batch(images[-HELD_OUT:][:200]), latents["mean"][-HELD_OUT:][:200].float()
-        y = torch.cat([vae.decoder(vae.post_quant_conv(part)) for part in z.to(args.device).split(20)]).clamp(-1, 1).cpu()
-        print(f"decoder: {psnr(x, y):.2f} dB on held-out scenes", flush=True)
-
-    vae.post_quant_conv, vae.decoder = training.average["post_quant_conv"], training.average["decoder"]
-    training.run(draw, show)
-
-
 def trained_vae(work: Path) -> VAE:
-    """The VAE so far: its averaged weights, the decoder's from its own stage if it has begun, and the measured factor."""
+    """The VAE: its averaged weights, and the measured factor."""
     scale = round(load_file(work / "latents.safetensors")["scale"].item(), 5)
     vae = VAE(VAEConfig.from_dict(CONFIGS["vae"] | {"scaling_factor": scale}))
-    decoder = work / "decoder.safetensors"
-    vae.load_state_dict(averages(work / "vae.safetensors") | (averages(decoder) if decoder.exists() else {}))
+    vae.load_state_dict(averages(work / "vae.safetensors"))
     return vae
 
 
@@ -256,28 +255,31 @@ def generator_loss(networks: nn.ModuleDict, x: Tensor, t: Tensor, ids: Tensor, t
 
 
 def train_generator(args: argparse.Namespace, scenes: list[Scene], tokens: dict[str, bytes]) -> None:
-    """UNet and text encoder on the scenes' posteriors, and on captions worded anew at every step.
+    """UNet and text encoder on the scenes' posteriors, and on their captions.
 
     Pictures are not mirrored: latents are not mirror images of one another, and the world draws both facings anyway.
     """
     work, device = args.work, args.device
-    latents, tokenizer = load_file(work / "latents.safetensors"), Tokenizer.from_files(tokens)
-    scheduler, batch = DDPMScheduler.from_config(CONFIGS["scheduler"]), 48 if device.type == "cpu" else 256
+    scheduler, batch, tokenizer = (
+        DDPMScheduler.from_config(CONFIGS["scheduler"]),
+        BATCH[device.type][1],
+        Tokenizer.from_files(tokens),
+    )
+    known = {name: x.to(device) for file in ("latents", "words") for name, x in load_file(work / f"{file}.safetensors").items()}
     networks = new_generator(tokens).to(device)
     training = Training(work / "generator.safetensors", networks, generator_loss, 0.02, args.minutes, args.threads)
     vae = trained_vae(work)
-    scale = vae.config.scaling_factor
-    captions = [scene.caption() for scene in scenes[-24:]]
+    captions, nothing = [scene.caption() for scene in scenes[-24:]], tokenizer([""]).to(device)
 
     def draw(step: int) -> tuple[Tensor, ...]:
-        rng, noise = np.random.default_rng([SEED, 2, step]), generator(SEED, "generator", step)
-        which = rng.integers(len(scenes) - HELD_OUT, size=batch)
-        words = ["" if rng.random() < 0.1 else scenes[i].caption(rng if rng.random() < 0.7 else None) for i in which]
-        mean, std = (latents[key][which].float() * scale for key in ("mean", "std"))
-        x0 = mean + std * torch.randn(mean.shape, generator=noise)
-        x, t, target, weight = noised(scheduler, x0, noise)
-        emphasis = torch.from_numpy(np.stack([scenes[i].emphasis(x.shape[-1]) for i in which]))
-        return x, t, tokenizer(words), target, weight * emphasis[:, None]
+        rng = on(device, generator(SEED, "generator", step))
+        which, wording = (torch.randint(n, (batch,), generator=rng, device=device) for n in (len(scenes) - HELD_OUT, WORDINGS))
+        mean, std = (known[name][which].float() * vae.scaling_factor for name in ("mean", "std"))
+        x0 = mean + std * torch.randn(mean.shape, generator=rng, device=device)
+        x, t, target, weight = noised(scheduler, x0, rng)
+        dropped = torch.rand((batch, 1), generator=rng, device=device) < 0.1
+        ids = torch.where(dropped, nothing, known["ids"][which, wording].long())
+        return x, t, ids, target, weight * known["emphasis"][which].float()
 
     def show() -> None:
         export(args.out, INDEX, CONFIGS, {**training.average, "vae": vae}, tokens)
@@ -306,8 +308,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the model, in the diffusers layout")
     parser.add_argument("--work", type=Path, required=True, help="folder for scenes, training state and sample grids")
     parser.add_argument("--minutes", type=float, default=120, help="UNet and text encoder, all calls (default 120)")
-    parser.add_argument("--vae-minutes", type=float, default=30, help="the VAE, all calls (default 30)")
-    parser.add_argument("--decoder-minutes", type=float, default=15, help="its decoder alone, all calls (default 15)")
+    parser.add_argument("--vae-minutes", type=float, default=60, help="the VAE, all calls (default 60)")
     parser.add_argument("--scenes", type=int, default=40_000, help="how many to draw (default 40000)")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu (default) or cuda")
     args = begun(parser, SEED)
@@ -316,9 +317,10 @@ def main() -> None:
     if not (vocabulary := args.work / "tokenizer").exists():
         learn_vocabulary(vocabulary, [scene.caption(np.random.default_rng(i)) for i, scene in enumerate(scenes[:5000])])
     tokens = {path.name: path.read_bytes() for path in vocabulary.iterdir()}
+    if not (words := args.work / "words.safetensors").exists():
+        word_all(words, tokens, scenes, args.threads)
     if not (args.work / "latents.safetensors").exists():
         train_vae(args)
-    train_decoder(args)
     train_generator(args, scenes, tokens)
 
 

@@ -10,7 +10,6 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -37,13 +36,19 @@ def begun(parser: argparse.ArgumentParser, seed: int) -> argparse.Namespace:
     args = parser.parse_args()
     torch.manual_seed(seed)
     torch.set_num_threads(1)  # threads share out the batch instead (Training)
+    torch.backends.cudnn.benchmark = True
     args.work.mkdir(parents=True, exist_ok=True)
     return args
 
 
-def to_batch(images: np.ndarray) -> Tensor:
+def to_batch(images: np.ndarray | Tensor) -> Tensor:
     """uint8 [B, H, W, 3] -> [B, 3, H, W] in [-1, 1]."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+    return torch.as_tensor(images).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def on(device: torch.device, rng: torch.Generator) -> torch.Generator:
+    """A generator as it is, or one of the device, which draws there what would be slow to bring."""
+    return rng if device.type == "cpu" else torch.Generator(device).manual_seed(rng.initial_seed())
 
 
 def psnr(x: Tensor, y: Tensor) -> float:
@@ -58,8 +63,9 @@ def averages(path: Path) -> dict[str, Tensor]:
 
 def noised(scheduler: DDPMScheduler, x0: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Latents [B, Z, h, w] at timesteps spread evenly over the schedule: x_t, t, target, weights [B, 1, 1, 1]."""
-    t = ((torch.arange(len(x0)) + torch.rand(len(x0), generator=noise)) * (1000 / len(x0))).long()
-    eps = torch.randn(x0.shape, generator=noise)
+    places = torch.arange(len(x0), device=x0.device) + torch.rand(len(x0), generator=noise, device=x0.device)
+    t = (places * (1000 / len(x0))).long()
+    eps = torch.randn(x0.shape, generator=noise, device=x0.device)
     snr = scheduler.snr(t)
     weight = (snr.clamp(max=5) + 1) / (snr + 1)  # min-SNR's limit on the last, easy details; the rest counts alike
     return scheduler.add_noise(x0, eps, t), t, scheduler.target(x0, eps, t), weight[:, None, None, None]
@@ -91,7 +97,7 @@ def export(
             (temporary / name).write_bytes(data)
         for part, network in networks.items():
             stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
-            halves = {name: x.half() for name, x in network.state_dict().items()}
+            halves = {name: x.half().cpu() for name, x in network.state_dict().items()}
             files.write_weights(temporary / part / f"{stem}.safetensors", halves)
 
 
@@ -104,21 +110,22 @@ def start_at_zero(network: nn.Module, names: tuple[str, ...]) -> None:
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """About the orthogonal matrix nearest to x (of more than one axis, the others flattened), by Newton and Schulz."""
-    rows = x.flatten(1).bfloat16()
-    wide = rows if rows.shape[0] < rows.shape[1] else rows.T
-    wide = wide / (wide.norm() + 1e-7)
+    """About the orthogonal matrices nearest to those of x [K, rows, ...], by Newton and Schulz; columns are all other axes."""
+    rows = x.flatten(2).bfloat16()
+    wide = rows if rows.shape[1] < rows.shape[2] else rows.mT
+    wide = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
-        square = wide @ wide.T
+        square = wide @ wide.mT
         wide = 3.4445 * wide + (2.0315 * square @ square - 4.775 * square) @ wide
-    return (wide if rows.shape[0] < rows.shape[1] else wide.T).reshape(x.shape).to(x.dtype)
+    return (wide if rows.shape[1] < rows.shape[2] else wide.mT).reshape(x.shape).to(x.dtype)
 
 
 class Training:
     """A network on its way: optimiser, moving average and clock, all in one file from which a restart goes on.
 
     loss(network, *batch) is a scalar. On a CPU each thread takes its share of the batch: two threads of one core each
-    beat operations spread over two cores by 40 %. Matrices learn by Muon (Jordan et al. 2024), which moves in every
+    beat operations spread over two cores by 40 %. On a GPU a step is one graph of kernels, since starting them one by one
+    would take longer than they do. Matrices learn by Muon (Jordan et al. 2024), which moves in every
     direction alike: the VAE reaches in 500 steps what it does not in 4,000 by Adam, to which light and dark are all.
     Vectors and embeddings learn by Adam at a tenth of the rate. The rate is constant and falls to zero over the last
     two thirds of the budget; with a larger budget it comes up again.
@@ -127,12 +134,18 @@ class Training:
     def __init__(self, path: Path, network: nn.Module, loss: Callable[..., Tensor], rate: float, minutes: float, threads: int):
         self.path, self.network, self.loss, self.rate, self.budget = path, network, loss, rate, 60 * minutes
         self.average = copy.deepcopy(network).requires_grad_(False).eval()
-        self.parameters = dict(network.named_parameters())
+        self.parameters, self.averages = dict(network.named_parameters()), dict(self.average.named_parameters())
         self.momentum = {name: torch.zeros_like(x) for name, x in self.parameters.items()}
         vectors = {name: x for name, x in self.parameters.items() if x.dim() < 2 or "embedding.weight" in name}
         self.square = {name: torch.zeros_like(x) for name, x in vectors.items()}
+        alike: dict[tuple, list[str]] = {}
+        for name, x in self.parameters.items():
+            alike.setdefault((name in vectors, x.shape), []).append(name)
+        self.groups = [*alike.values()]  # of one shape and kind: they are updated together
         self.clock = torch.zeros(3, dtype=torch.float64)  # steps, samples seen, seconds
         self.device = next(network.parameters()).device
+        self.now = torch.zeros(4, device=self.device)  # the step's rate, Adam's two corrections, the average's weight
+        self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, Sequence[Tensor], Tensor]] = {}
         self.shares = threads if self.device.type == "cpu" else 1
         self.pool = ThreadPoolExecutor(self.shares)
         if path.exists():
@@ -156,56 +169,88 @@ class Training:
         """Time spent so far, over all calls."""
         return self.clock[2].item()
 
-    def gradients(self, share: Sequence[Tensor]) -> tuple[float, Sequence[Tensor]]:
+    def gradients(self, share: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
         """One thread's part of a step."""
         with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):  # the cache is common to all threads
             loss = self.loss(self.network, *share) / self.shares
-        return loss.item(), torch.autograd.grad(loss, list(self.parameters.values()))
+        return loss.detach(), torch.autograd.grad(loss, list(self.parameters.values()))
 
     @torch.no_grad()
-    def update(self, name: str, parts: Sequence[Tensor], rate: float) -> None:
-        """One parameter's step along its gradient, the sum of the threads' parts."""
-        parameter, momentum, gradient, step = (
-            self.parameters[name],
-            self.momentum[name],
-            sum(parts),
-            self.clock[0].item(),
-        )
+    def update(self, names: Sequence[str], gradients: Sequence[Tensor]) -> None:
+        """A step of parameters of one shape along their gradients."""
+        rate, first, second, weight = self.now.unbind()
+        tables = self.momentum, self.parameters, self.averages
+        old = [[table[name] for name in names] for table in tables]
+        momentum, parameter, average = (torch.stack(column) for column in old)
+        gradient = torch.stack([*gradients])
         momentum.lerp_(gradient, 0.05)
-        if name in self.square:
-            square = self.square[name].lerp_(gradient.square(), 0.01)
-            scale = (square / (1 - 0.99**step)).sqrt() + 1e-8
-            parameter -= 0.1 * rate / (1 - 0.95**step) * momentum / scale
+        if names[0] in self.square:
+            squares = [self.square[name] for name in names]
+            square = torch.stack(squares).lerp_(gradient.square(), 0.01)
+            torch._foreach_copy_(squares, square.unbind())
+            parameter -= 0.1 * rate / first * momentum / ((square / second).sqrt() + 1e-8)
         else:
-            tall = max(1.0, len(parameter) / parameter[0].numel()) ** 0.5
+            tall = max(1.0, len(parameter[0]) / parameter[0, 0].numel()) ** 0.5
             parameter -= rate * tall * orthogonal(gradient.lerp(momentum, 0.95))
-        weight = max(9 / (step + 9), 2e-4)  # an average over about the last tenth of all steps
-        self.average.get_parameter(name).lerp_(parameter, weight)
+        average += weight * (parameter - average)
+        for column, new in zip(old, (momentum, parameter, average), strict=True):
+            torch._foreach_copy_(column, new.unbind())
 
-    def step(self, batch: Sequence[Tensor]) -> float:
+    def work(self, batch: Sequence[Tensor]) -> Tensor:
+        """The operations of a step; returns the loss."""
+        spread = self.pool.map if self.shares > 1 else map  # another thread's would not be captured
+        shares = zip(*(x.chunk(self.shares) for x in batch), strict=True)
+        losses, parts = zip(*spread(self.gradients, shares), strict=True)
+        whole = {name: sum(same) for name, *same in zip(self.parameters, *parts, strict=True)}
+        list(spread(self.update, self.groups, [[whole[name] for name in names] for names in self.groups]))
+        return torch.stack(losses).sum()
+
+    def replay(self, batch: Sequence[Tensor]) -> Tensor:
+        """`work` as a graph, captured when a batch first has these shapes, after two steps with it in a stream aside."""
+        shapes = tuple(x.shape for x in batch)
+        if shapes not in self.graphs:
+            held, aside = [x.clone() for x in batch], torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for _ in range(2):
+                    self.work(held)
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                loss = self.work(held)
+            self.graphs[shapes] = graph, held, loss
+        graph, held, loss = self.graphs[shapes]
+        torch._foreach_copy_(held, [*batch])
+        graph.replay()
+        return loss.clone()
+
+    def step(self, batch: Sequence[Tensor]) -> Tensor:
         """One update; returns the loss."""
-        shares = zip(*(x.to(self.device).chunk(self.shares) for x in batch), strict=True)
-        losses, gradients = zip(*self.pool.map(self.gradients, shares), strict=True)
         self.clock += torch.tensor([1, len(batch[0]), 0])
-        rate = self.rate * max(0.0, min(1.0, self.clock[0].item() / 100, 1.5 * (1 - self.seconds / self.budget)))
-        list(self.pool.map(self.update, self.parameters, zip(*gradients, strict=True), repeat(rate)))
-        return sum(losses)
+        step, left = self.clock[0].item(), 1 - self.seconds / self.budget
+        rate = self.rate * max(0.0, min(1.0, step / 100, 1.5 * left))
+        weight = max(9 / (step + 9), 2e-4)  # an average over about the last tenth of all steps
+        self.now.copy_(torch.tensor([rate, 1 - 0.95**step, 1 - 0.99**step, weight]))
+        batch = [x.to(self.device) for x in batch]
+        return self.work(batch) if self.device.type == "cpu" else self.replay(batch)
 
     def run(self, draw: Callable[[int], Sequence[Tensor]], show: Callable[[], None]) -> None:
-        """Train on draw(step) until the budget is spent; a line a minute, every third the state, every tenth a show."""
-        losses: list[float] = []
+        """Train on draw(step) until the budget is spent, with a line a minute, the state every third, a show every tenth."""
+        losses: list[Tensor] = []
         last = logged = kept = shown = time.monotonic()
         while self.seconds < self.budget:
             losses.append(self.step(batch := draw(int(self.clock[0]))))
+            if len(losses) % 16 == 0:
+                losses[-1].item()  # a GPU is not left far behind, or the clock would be wrong
             now = time.monotonic()
             self.clock[2] += now - last
             last = now
-            if now - logged > 60:
-                loss, speed = sum(losses) / len(losses), len(losses) * len(batch[0]) / (now - logged)
+            over = self.seconds >= self.budget
+            if now - logged > min(60, self.budget / 10) or over:
+                loss, speed = torch.stack(losses).mean().item(), len(losses) * len(batch[0]) / (now - logged)
                 done = f"{self.seconds / 60:.1f} of {self.budget / 60:g} min, step {self.clock[0]:.0f}"
                 print(f"{self.path.stem}: {done}, {speed:.1f} samples/s, loss {loss:.4f}", flush=True)
                 losses, logged = [], now
-            over = self.seconds >= self.budget
             if now - kept > 180 or over:
                 files.write_weights(self.path, self.state)
                 kept = now

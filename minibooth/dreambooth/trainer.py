@@ -185,26 +185,26 @@ class Trainer:
 
     def step(self, step: int) -> dict[str, float]:
         """One update of the weights. Returns the loss and its two parts, means over the accumulated batches and the ranks."""
-        s = self.settings
-        total = dict.fromkeys(("loss", "subject", "prior"), 0.0)
+        s, names = self.settings, ("loss", "subject", "prior")
+        total = torch.zeros(len(names), device=self.device)
         for part in range(s.gradient_accumulation_steps):
             last = part + 1 == s.gradient_accumulation_steps
             with contextlib.nullcontext() if last else self.networks.no_sync():
                 losses = self.networks(self.losses, step * s.gradient_accumulation_steps + part)
                 self.scaler.scale(losses["loss"] / s.gradient_accumulation_steps).backward()
-            total = {name: total[name] + losses[name].item() / s.gradient_accumulation_steps for name in total}
-        total = self.ranks.mean(total)
-        if not math.isfinite(total["loss"]):
-            good = [path for number, path in self.journal.checkpoints() if number < step]  # a finite loss came after them
-            remedy = f"the last good checkpoint is {good[-1]}" if good else "no good checkpoint was written before"
-            raise UserError(f"the loss is {total['loss']} at step {step + 1}: lower --learning_rate or use bf16; {remedy}")
+            total += torch.stack([losses[name].detach() for name in names]) / s.gradient_accumulation_steps
         self.scaler.unscale_(self.optimizer)
         if s.max_grad_norm:
             nn.utils.clip_grad_norm_((p for module in self.trained.values() for p in module.parameters()), s.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=False)  # fresh gradients each step cost a third of it on a CPU: page faults
-        return total
+        found = self.ranks.mean(dict(zip(names, total.tolist(), strict=True)))  # only now does a GPU have to be waited for
+        if not math.isfinite(found["loss"]):
+            good = [path for number, path in self.journal.checkpoints() if number < step]  # a finite loss came after them
+            remedy = f"the last good checkpoint is {good[-1]}" if good else "no good checkpoint was written before"
+            raise UserError(f"the loss is {found['loss']} at step {step + 1}: lower --learning_rate or use bf16; {remedy}")
+        return found
 
     def numbers(self, batch: int) -> range:
         """Of the samples in the run's `batch`-th batch, those of this rank."""
