@@ -174,7 +174,7 @@ def divergence(x: Tensor) -> Tensor:
     """Of the Gaussian with the covariance of x [Z, samples] from the standard one; by elimination, so that no GPU waits."""
     x = x - x.mean(dim=1, keepdim=True)
     covariance = (x[:, None] * x[None]).mean(dim=2) + 1e-4 * torch.eye(len(x), device=x.device)
-    trace, logdet = covariance.trace(), torch.zeros((), device=x.device)
+    trace, logdet = covariance.diagonal().sum(), torch.zeros((), device=x.device)
     for _ in range(len(x)):
         column = covariance[1:, 0]
         logdet = logdet + covariance[0, 0].log()

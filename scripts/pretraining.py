@@ -36,7 +36,6 @@ def begun(parser: argparse.ArgumentParser, seed: int) -> argparse.Namespace:
     args = parser.parse_args()
     torch.manual_seed(seed)
     torch.set_num_threads(1)  # threads share out the batch instead (Training)
-    torch.backends.cudnn.benchmark = True
     args.work.mkdir(parents=True, exist_ok=True)
     return args
 
@@ -216,7 +215,7 @@ class Training:
                     self.work(held)
             torch.cuda.current_stream().wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="relaxed"):
                 loss = self.work(held)
             self.graphs[shapes] = graph, held, loss
         graph, held, loss = self.graphs[shapes]
