@@ -22,15 +22,15 @@ EMBEDDED: dict[str, typing.Any] = {
     "instance_prompt": "a photo of a zwx robot",
     "class_prompt": "a photo of a robot",
     "with_prior_preservation": True,
-    "num_class_images": 48,
+    "num_class_images": 24,
     "sample_batch_size": 16,
     "class_guidance_scale": 3.0,
     "resolution": 64,
     "train_text_encoder": True,
-    "max_train_steps": 400,
-    "learning_rate": 3e-4,
-    "text_encoder_lr": 3e-4,
-    "mixed_precision": "bf16",
+    "max_train_steps": 200,
+    "learning_rate": 6e-4,
+    "text_encoder_lr": 6e-4,
+    "lr_scheduler": "linear",
     "lr_warmup_steps": 0,
     "validation_prompt": " | ".join(
         f"a photo of a {words}"
@@ -42,13 +42,15 @@ EMBEDDED: dict[str, typing.Any] = {
         )
     ),
     "validation_guidance_scale": 4.0,
-    "validation_steps": 200,
+    "validation_steps": 100,
     "metrics_model": str(WEIGHTS / "tiny-clip"),
     "upscaler": str(WEIGHTS / "tiny-x4"),
     "seed": 0,
 }
 SECOND: dict[str, typing.Any] = {  # what is otherwise in its second step, where nobody said so
     "max_train_steps": 160,
+    "learning_rate": 3e-4,
+    "lr_scheduler": "constant",
     "num_validation_images": 3,
     "validation_guidance_scale": 1.0,
 }

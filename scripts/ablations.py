@@ -11,11 +11,13 @@ Ruiz et al. 2022, sections 4.2 and 4.3. Each row is a variant's mean over its ru
     CLIP-I, CLIP-T, PRES, DIV   the paper's, by weights/tiny-clip; DIV is 1 - cosine of two pictures of a prompt
     loss      mean of the last quarter of the steps
 
-Tables share their runs, and a run that is there already is not made again. A table goes to OUT as TABLE.md, with TABLE.png:
-a row for each subject and variant, pictures of the prompts and, last, of the bare class.
+Tables share their runs. A run's figures are a line in --figures, with a fingerprint of weights and default settings, and
+what is there is not made again. A table goes to OUT as TABLE.md, with TABLE.png: a row for each subject and variant whose
+run lies in OUT, pictures of the prompts and, last, of the bare class.
 """
 
 import argparse
+import hashlib
 import json
 import re
 import shutil
@@ -38,6 +40,7 @@ from world import ACCESSORIES, CLASSES, PHOTOGRAPHED, PLACES, SUBJECTS
 
 import minibooth
 from minibooth.checkpoint import files
+from minibooth.checkpoint.load import Source
 from minibooth.checkpoint.lora import DIFFUSERS
 from minibooth.diffusion.images import grid, save_png, to_tensor
 from minibooth.diffusion.text_to_image import StableDiffusion
@@ -144,8 +147,8 @@ def final_loss(folder: Path) -> float:
     return mean(losses[-len(losses) // 4 :])
 
 
-def run(judge: Path, folder: Path, name: str, seed: int, changes: Changes, few_steps: dict[str, int]) -> None:
-    """Train (only so long, if `few_steps` says so), draw and measure; leaves figures.json and sheet.png, a row of pictures."""
+def run(judge: Path, folder: Path, name: str, seed: int, changes: Changes, few_steps: dict[str, int]) -> dict[str, float]:
+    """Train (only so long, if `few_steps` says so), draw and measure; leaves sheet.png, a row of pictures."""
     if changes is not None and not any((folder / file).exists() for file in ("model_index.json", DIFFUSERS)):
         train(folder, name, seed, changes, few_steps)
     whole = changes is not None and "rank" not in changes
@@ -158,8 +161,16 @@ def run(judge: Path, folder: Path, name: str, seed: int, changes: Changes, few_s
     figures |= {"loss": final_loss(folder)} if changes is not None else {}
     folder.mkdir(parents=True, exist_ok=True)
     save_png(grid(new[::EACH] + bare[::EACH][:4], len(ASKED) + 4), folder / "sheet.png", {"prompts": " | ".join(asked)})
-    with files.replacing(folder / "figures.json") as temporary:
-        temporary.write_text(json.dumps(figures))
+    return figures
+
+
+def fingerprint(few_steps: dict[str, int]) -> str:
+    """Of what all runs have in common: the model and the default run's settings."""
+    common = {name: value for name, value in (EMBEDDED | few_steps).items() if str(WEIGHTS) not in str(value)}
+    networks = Source.open(EMBEDDED["pretrained_model_name_or_path"]).weights
+    weights = {f"{part}.{name}": x for part, tensors in networks.items() for name, x in tensors.items()}
+    words = json.dumps([common, DRAWING, ASKED, files.hash_of(weights)], sort_keys=True)
+    return hashlib.sha256(words.encode()).hexdigest()[:10]
 
 
 def table(rows: dict[str, list[dict[str, float]]]) -> str:
@@ -186,6 +197,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--judge", type=Path, required=True, help="folder of judge.safetensors (scripts/judge.py train)")
     parser.add_argument("--out", type=Path, required=True, help="folder for runs, tables and pictures")
+    parser.add_argument("--figures", type=Path, default=WEIGHTS / "ablations.jsonl", help="(default weights/ablations.jsonl)")
     parser.add_argument("--tables", nargs="+", default=[*TABLES], choices=[*TABLES])
     parser.add_argument("--subjects", nargs="+", default=["robot", "cat", "cup"], choices=[*SUBJECTS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -196,23 +208,30 @@ def main() -> None:
     cells = [*product(args.subjects, args.seeds)]
     wanted = {folder_of(args.out, *cell, changes): (*cell, changes)
               for key in args.tables for changes in TABLES[key].values() for cell in cells}  # fmt: skip
+    made, lines = fingerprint(few_steps), args.figures.read_text().splitlines() if args.figures.exists() else []
+    known = {line["run"]: line["figures"] for line in map(json.loads, lines) if line["of"] == made}
     how = {"mp_context": get_context("spawn"), "initializer": torch.set_num_threads, "initargs": (1,)}
     with ProcessPoolExecutor(args.workers, **how) as pool:
-        runs = [
-            pool.submit(run, args.judge, folder, *what, few_steps)
+        runs = {
+            pool.submit(run, args.judge, folder, *what, few_steps): folder.name
             for folder, what in wanted.items()
-            if not (folder / "figures.json").exists()
-        ]
+            if folder.name not in known
+        }
         for done in tqdm(as_completed(runs), desc="runs", total=len(runs), mininterval=0):
-            done.result()
+            known[runs[done]] = done.result()
+            with args.figures.open("a") as file:
+                file.write(json.dumps({"run": runs[done], "of": made, "figures": done.result()}) + "\n")
     for key in args.tables:
         folders = {label: [folder_of(args.out, *cell, changes) for cell in cells] for label, changes in TABLES[key].items()}
-        rows = {label: [files.read_json(each / "figures.json") for each in found] for label, found in folders.items()}
+        rows = {label: [known[each.name] for each in found] for label, found in folders.items()}
+        args.out.mkdir(parents=True, exist_ok=True)
         (args.out / f"{key}.md").write_text(f"{(text := table(rows))}\n")
         print(f"\n{key}\n\n{text}")
         first = [(f"{name}, {label}", folder_of(args.out, name, args.seeds[0], changes))
                  for name, (label, changes) in product(args.subjects, TABLES[key].items())]  # fmt: skip
-        save_png(grid([labelled(folder / "sheet.png", words) for words, folder in first], 1), args.out / f"{key}.png", {})
+        sheets = [labelled(path, words) for words, folder in first if (path := folder / "sheet.png").exists()]
+        if sheets:
+            save_png(grid(sheets, 1), args.out / f"{key}.png", {})
 
 
 if __name__ == "__main__":
