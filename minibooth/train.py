@@ -27,9 +27,9 @@ EMBEDDED: dict[str, typing.Any] = {
     "class_guidance_scale": 3.0,
     "resolution": 64,
     "train_text_encoder": True,
-    "max_train_steps": 200,
+    "max_train_steps": 240,
     "learning_rate": 6e-4,
-    "text_encoder_lr": 6e-4,
+    "text_encoder_lr": 1.2e-3,
     "lr_scheduler": "linear",
     "lr_warmup_steps": 0,
     "validation_prompt": " | ".join(
@@ -42,7 +42,7 @@ EMBEDDED: dict[str, typing.Any] = {
         )
     ),
     "validation_guidance_scale": 4.0,
-    "validation_steps": 100,
+    "validation_steps": 120,
     "metrics_model": str(WEIGHTS / "tiny-clip"),
     "upscaler": str(WEIGHTS / "tiny-x4"),
     "seed": 0,
@@ -52,6 +52,7 @@ SECOND: dict[str, typing.Any] = {  # what is otherwise in its second step, where
     "learning_rate": 3e-4,
     "lr_scheduler": "constant",
     "num_validation_images": 3,
+    "validation_steps": 160,
     "validation_guidance_scale": 1.0,
 }
 EPILOGUE = "The flags are those of diffusers' train_dreambooth.py, with its spelling (- and _ are alike) and its defaults."

@@ -164,12 +164,12 @@ def run(judge: Path, folder: Path, name: str, seed: int, changes: Changes, few_s
     return figures
 
 
-def fingerprint(few_steps: dict[str, int]) -> str:
-    """Of what all runs have in common: the model and the default run's settings."""
+def fingerprint(trained: bool, few_steps: dict[str, int]) -> str:
+    """Of what runs have in common: the model, how it draws and, where they trained, the default run's settings."""
     common = {name: value for name, value in (EMBEDDED | few_steps).items() if str(WEIGHTS) not in str(value)}
     networks = Source.open(EMBEDDED["pretrained_model_name_or_path"]).weights
     weights = {f"{part}.{name}": x for part, tensors in networks.items() for name, x in tensors.items()}
-    words = json.dumps([common, DRAWING, ASKED, files.hash_of(weights)], sort_keys=True)
+    words = json.dumps([common if trained else None, DRAWING, ASKED, files.hash_of(weights)], sort_keys=True)
     return hashlib.sha256(words.encode()).hexdigest()[:10]
 
 
@@ -208,8 +208,9 @@ def main() -> None:
     cells = [*product(args.subjects, args.seeds)]
     wanted = {folder_of(args.out, *cell, changes): (*cell, changes)
               for key in args.tables for changes in TABLES[key].values() for cell in cells}  # fmt: skip
-    made, lines = fingerprint(few_steps), args.figures.read_text().splitlines() if args.figures.exists() else []
-    known = {line["run"]: line["figures"] for line in map(json.loads, lines) if line["of"] == made}
+    made = [fingerprint(trained, few_steps) for trained in (False, True)]
+    lines = args.figures.read_text().splitlines() if args.figures.exists() else []
+    known = {line["run"]: line["figures"] for line in map(json.loads, lines) if line["of"] in made}
     how = {"mp_context": get_context("spawn"), "initializer": torch.set_num_threads, "initargs": (1,)}
     with ProcessPoolExecutor(args.workers, **how) as pool:
         runs = {
@@ -220,7 +221,8 @@ def main() -> None:
         for done in tqdm(as_completed(runs), desc="runs", total=len(runs), mininterval=0):
             known[runs[done]] = done.result()
             with args.figures.open("a") as file:
-                file.write(json.dumps({"run": runs[done], "of": made, "figures": done.result()}) + "\n")
+                line = {"run": runs[done], "of": made[not runs[done].startswith("untrained")], "figures": done.result()}
+                file.write(json.dumps(line) + "\n")
     for key in args.tables:
         folders = {label: [folder_of(args.out, *cell, changes) for cell in cells] for label, changes in TABLES[key].items()}
         rows = {label: [known[each.name] for each in found] for label, found in folders.items()}
