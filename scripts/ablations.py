@@ -59,8 +59,8 @@ TABLES: dict[str, dict[str, Changes]] = {
     "text_encoder": {"UNet and text encoder": {}, "UNet alone": {"train_text_encoder": False}},
     "lora": {"all weights": {}, "LoRA of rank 8": LORA, "LoRA of rank 8, all layers": LORA | {"lora_targets": "all"}},
     "optimizer": {"AdamW": {}, "8-bit AdamW": {"use_8bit_adam": True}},
-    "steps": {"0 steps": None, **{f"{n} steps": {"max_train_steps": n} for n in (50, 100, 200)}, "400 steps": {},
-              "800 steps": {"max_train_steps": 800}},
+    "steps": {"0 steps": None, **{f"{n} steps": {"max_train_steps": n} for n in (30, 60, 120)}, "240 steps": {},
+              "480 steps": {"max_train_steps": 480}},
 }  # fmt: skip
 NEW = [place for place in PLACES if place not in PHOTOGRAPHED]
 ASKED = [*((place, "none") for place in NEW), ("forest", "crown"), ("rain", "red hat")]  # ten prompts
