@@ -20,7 +20,8 @@ def test_a_row(tmp_path):
     for name in ("diffusers", "transformers", "accelerate"):
         pytest.importorskip(name)
     sides = ["reference", "THP_MEM_ALLOC_ENABLE=0 ours --compile off", "floor"]
-    flags = ["--model", tiny(), "--resolution", 64, "--steps", 2, "--repeats", 1, "--precision", "fp32", "--device", "cpu"]
+    flags = ["--model", tiny(), "--resolution", 64, "--steps", 2, "--repeats", 1, "--at_once", 2]
+    flags += ["--precision", "fp32", "--device", "cpu"]
     command = [sys.executable, benchmark.__file__, *flags, "--out", tmp_path / "out", "--rows", "prior", "--sides", *sides]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True)
     lines = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
