@@ -37,7 +37,7 @@ class Settings:
     with_prior_preservation: bool = flag(False, "also train on class pictures, so that the class keeps its variety")
     prior_loss_weight: float = flag(1.0, "lambda of the paper")
     num_class_images: int = flag(100, "class pictures to train on; missing ones are drawn by the model itself")
-    sample_batch_size: int = flag(4, "class pictures drawn at a time")
+    sample_batch_size: int = flag(4, "class pictures, and those of a grid, drawn at a time")
     prior_generation_precision: str | None = flag(
         None, "for class pictures; fp16 on a GPU", choices=("no", "fp32", "fp16", "bf16")
     )

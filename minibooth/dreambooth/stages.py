@@ -62,8 +62,13 @@ class TextToImage:
 
     def show(self, conditions: Sequence[Condition], unconditional: Condition, seeds: Sequence[int]) -> list[list[Image.Image]]:
         """Rows of pictures for the validation prompts."""
-        side = self.settings.resolution
-        return [self.pipe.draw(each, unconditional, seeds, side, side, **self.drawing) for each in conditions]
+        side, size = self.settings.resolution, self.settings.sample_batch_size
+        todo, pictures = [(each, seed) for each in conditions for seed in seeds], []
+        for start in range(0, len(todo), size):
+            chosen, own = zip(*todo[start : start + size], strict=True)
+            condition = tuple(torch.cat(column) for column in zip(*chosen, strict=True))
+            pictures += self.pipe.draw(condition, unconditional, own, side, side, **self.drawing)
+        return [pictures[row : row + len(seeds)] for row in range(0, len(pictures), len(seeds))]
 
 
 class SuperResolution(TextToImage):
