@@ -12,7 +12,7 @@ Every measurement is a process of its own, and the sides take turns, --repeats t
 by side, which is most of the time where there is a compiler, and still measured one by one. Each leaves a line of JSON in
 --out as soon as it is done; the table has medians over all. A folder of configurations without weights gets random ones.
 
-On a GPU, SD1 and SD2 being folders of models, half a minute of which a second is measured:
+On a GPU; SD1 and SD2 are folders of models:
 
     python scripts/benchmark.py --model SD1 --precision bf16 --steps 20 --repeats 1 --at_once 6 --out figures.jsonl \\
         --rows "prior --train_batch_size 1" "unet --train_batch_size 8" "draw --train_batch_size 4" \\
@@ -63,6 +63,7 @@ ROWS = {  # what a step is, in flags
 }
 TITLES = ["row", "precision", "side", "seconds", "/ reference", "pictures/s", "GiB", "/ reference", "floor / seconds", "first"]
 PROMPTS = {"instance_prompt": "a photo of sks dog", "class_prompt": "a photo of dog"}
+READY = "ready to be measured"
 Step = Callable[[int], None]
 
 
@@ -195,23 +196,25 @@ def loads(s: Settings, name: str) -> Step:
     return step
 
 
+def wait_for_turn() -> None:
+    """Tell `measure` that all is set up, until it says go."""
+    print(READY, flush=True)
+    sys.stdin.readline()
+
+
 def work(job: dict[str, Any]) -> dict[str, Any]:
-    """One measurement, in this process: all is ready after a first step, then it says so and waits for its turn."""
+    """One measurement, in this process: set up, a first step, and when its turn comes what counts."""
     s, row, name, dtype = settings(job), shlex.split(job["row"])[0], parts(job["side"])[1], DTYPES[job["precision"]]
     pictures = {"pictures": s.train_batch_size * (1 + s.with_prior_preservation)} if row != "load" else {}
-    pipelines = {"draw": lambda: draws(s, name, dtype, job["draw_steps"]), "load": lambda: loads(s, name)}
-    step = None
-    if name != "floor":
-        step = pipelines[row]() if row in pipelines else {"ours": ours, "reference": reference}[name](s)
-        counting.seconds(lambda: step(0), job["device"])
-    first = time.time() - job["began"]
-    print("ready", flush=True)
-    sys.stdin.readline()
-    if step is None:
+    if name == "floor":
+        wait_for_turn()
         return counting.floor(s, dtype) | pictures
-    taken = [
-        counting.seconds(lambda n=n: step(n), job["device"]) for n in range(1, 2 if row in pipelines else 1 + job["steps"])
-    ]
+    pipelines = {"draw": lambda: draws(s, name, dtype, job["draw_steps"]), "load": lambda: loads(s, name)}
+    step = pipelines[row]() if row in pipelines else {"ours": ours, "reference": reference}[name](s)
+    counting.seconds(lambda: step(0), job["device"])
+    first, steps = time.time() - job["began"], 1 if row in pipelines else job["steps"]
+    wait_for_turn()
+    taken = [counting.seconds(lambda n=n: step(n), job["device"]) for n in range(1, 1 + steps)]
     resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # as Linux counts it
     memory = torch.cuda.max_memory_allocated() if job["device"] == "cuda" else resident
     return {"seconds": taken, "first": first, "memory": memory} | pictures
@@ -227,9 +230,12 @@ def measure(jobs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             given = command.ENVIRONMENT if name == "ours" else {}  # as python -m minibooth.train would have it
             errors = stack.enter_context(tempfile.TemporaryFile("w+"))
             how = {"env": given | os.environ | variables, "stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            running.append((subprocess.Popen(argv, stderr=errors, **how), errors))
-        ready = [process.stdout.readline() for process, _ in running]
-        for (process, errors), _ in zip(running, ready, strict=True):
+            process = subprocess.Popen(argv, stderr=errors, **how)
+            stack.callback(process.kill)
+            running.append((process, errors))
+        for process, _ in running:
+            next((line for line in process.stdout if line.strip() == READY), None)  # whatever else it prints before
+        for process, errors in running:
             printed, _ = process.communicate("go\n")
             errors.seek(0)
             last = (errors.read().strip().splitlines() or [f"ended by signal {-process.returncode}"])[-1]
