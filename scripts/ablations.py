@@ -39,7 +39,6 @@ from tqdm import tqdm
 from world import ACCESSORIES, CLASSES, PHOTOGRAPHED, PLACES, SUBJECTS
 
 import minibooth
-from minibooth.checkpoint import files
 from minibooth.checkpoint.load import Source
 from minibooth.checkpoint.lora import DIFFUSERS
 from minibooth.diffusion.images import grid, save_png, to_tensor
@@ -47,6 +46,7 @@ from minibooth.diffusion.text_to_image import StableDiffusion
 from minibooth.dreambooth.data import find_pictures, open_picture
 from minibooth.dreambooth.metrics import Eyes, agreement, ceiling, likeness
 from minibooth.dreambooth.parallel import Ranks
+from minibooth.dreambooth.prior import origin
 from minibooth.dreambooth.settings import Settings
 from minibooth.train import EMBEDDED, WEIGHTS, trainer
 
@@ -164,13 +164,13 @@ def run(judge: Path, folder: Path, name: str, seed: int, changes: Changes, few_s
     return figures
 
 
-def fingerprint(trained: bool, few_steps: dict[str, int]) -> str:
-    """Of what runs have in common: the model, how it draws and, where they trained, the default run's settings."""
-    common = {name: value for name, value in (EMBEDDED | few_steps).items() if str(WEIGHTS) not in str(value)}
-    networks = Source.open(EMBEDDED["pretrained_model_name_or_path"]).weights
-    weights = {f"{part}.{name}": x for part, tensors in networks.items() for name, x in tensors.items()}
-    words = json.dumps([common if trained else None, DRAWING, ASKED, files.hash_of(weights)], sort_keys=True)
-    return hashlib.sha256(words.encode()).hexdigest()[:10]
+def fingerprints(few_steps: dict[str, int]) -> list[str]:
+    """Of what all runs have in common, model and drawing; and, for those that train, with the default settings besides."""
+    source = Source.open(EMBEDDED["pretrained_model_name_or_path"])
+    drawn = [origin(source, source.weights, torch.float32), DRAWING, ASKED]
+    settings = {name: value for name, value in (EMBEDDED | few_steps).items() if str(WEIGHTS) not in str(value)}
+    words = (json.dumps(each, sort_keys=True) for each in (drawn, [*drawn, settings]))
+    return [hashlib.sha256(each.encode()).hexdigest()[:10] for each in words]
 
 
 def table(rows: dict[str, list[dict[str, float]]]) -> str:
@@ -208,9 +208,10 @@ def main() -> None:
     cells = [*product(args.subjects, args.seeds)]
     wanted = {folder_of(args.out, *cell, changes): (*cell, changes)
               for key in args.tables for changes in TABLES[key].values() for cell in cells}  # fmt: skip
-    made = [fingerprint(trained, few_steps) for trained in (False, True)]
+    made = fingerprints(few_steps)
+    of = {folder.name: made[changes is not None] for folder, (*_, changes) in wanted.items()}
     lines = args.figures.read_text().splitlines() if args.figures.exists() else []
-    known = {line["run"]: line["figures"] for line in map(json.loads, lines) if line["of"] in made}
+    known = {line["run"]: line["figures"] for line in map(json.loads, lines) if line["of"] == of.get(line["run"])}
     how = {"mp_context": get_context("spawn"), "initializer": torch.set_num_threads, "initargs": (1,)}
     with ProcessPoolExecutor(args.workers, **how) as pool:
         runs = {
@@ -219,14 +220,14 @@ def main() -> None:
             if folder.name not in known
         }
         for done in tqdm(as_completed(runs), desc="runs", total=len(runs), mininterval=0):
-            known[runs[done]] = done.result()
+            name, figures = runs[done], done.result()
+            known[name] = figures
             with args.figures.open("a") as file:
-                line = {"run": runs[done], "of": made[not runs[done].startswith("untrained")], "figures": done.result()}
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps({"run": name, "of": of[name], "figures": figures}) + "\n")
+    args.out.mkdir(parents=True, exist_ok=True)
     for key in args.tables:
         folders = {label: [folder_of(args.out, *cell, changes) for cell in cells] for label, changes in TABLES[key].items()}
         rows = {label: [known[each.name] for each in found] for label, found in folders.items()}
-        args.out.mkdir(parents=True, exist_ok=True)
         (args.out / f"{key}.md").write_text(f"{(text := table(rows))}\n")
         print(f"\n{key}\n\n{text}")
         first = [(f"{name}, {label}", folder_of(args.out, name, args.seeds[0], changes))
