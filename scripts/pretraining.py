@@ -124,10 +124,10 @@ class Training:
 
     loss(network, *batch) is a scalar. On a CPU each thread takes its share of the batch: two threads of one core each
     beat operations spread over two cores by 40 %. On a GPU a step is one graph of kernels, since starting them one by one
-    would take longer than they do. Matrices learn by Muon (Jordan et al. 2024), which moves in every
-    direction alike: the VAE reaches in 500 steps what it does not in 4,000 by Adam, to which light and dark are all.
-    Vectors and embeddings learn by Adam at a tenth of the rate. The rate is constant and falls to zero over the last
-    two thirds of the budget; with a larger budget it comes up again.
+    would take longer than they do. Matrices learn by Muon (Jordan et al. 2024), which moves in every direction alike: the
+    VAE reaches in 500 steps what it does not in 4,000 by Adam, to which light and dark are all. Vectors and embeddings
+    learn by Adam at a tenth of the rate. The rate is constant and falls to zero over the last two thirds of the budget;
+    with a larger budget it comes up again.
     """
 
     def __init__(self, path: Path, network: nn.Module, loss: Callable[..., Tensor], rate: float, minutes: float, threads: int):
@@ -175,13 +175,13 @@ class Training:
         return loss.detach(), torch.autograd.grad(loss, list(self.parameters.values()))
 
     @torch.no_grad()
-    def update(self, names: Sequence[str], gradients: Sequence[Tensor]) -> None:
+    def update(self, names: Sequence[str], gradients: list[Tensor]) -> None:
         """A step of parameters of one shape along their gradients."""
         rate, first, second, weight = self.now.unbind()
         tables = self.momentum, self.parameters, self.averages
         old = [[table[name] for name in names] for table in tables]
         momentum, parameter, average = (torch.stack(column) for column in old)
-        gradient = torch.stack([*gradients])
+        gradient = torch.stack(gradients)
         momentum.lerp_(gradient, 0.05)
         if names[0] in self.square:
             squares = [self.square[name] for name in names]
@@ -204,7 +204,7 @@ class Training:
         list(spread(self.update, self.groups, [[whole[name] for name in names] for names in self.groups]))
         return torch.stack(losses).sum()
 
-    def replay(self, batch: Sequence[Tensor]) -> Tensor:
+    def replay(self, batch: list[Tensor]) -> Tensor:
         """`work` as a graph, captured when a batch first has these shapes, after two steps with it in a stream aside."""
         shapes = tuple(x.shape for x in batch)
         if shapes not in self.graphs:
@@ -219,7 +219,7 @@ class Training:
                 loss = self.work(held)
             self.graphs[shapes] = graph, held, loss
         graph, held, loss = self.graphs[shapes]
-        torch._foreach_copy_(held, [*batch])
+        torch._foreach_copy_(held, batch)
         graph.replay()
         return loss.clone()
 
