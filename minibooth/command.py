@@ -14,14 +14,23 @@ from minibooth.errors import UserError
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"  # the repository's own models and pictures
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-ENVIRONMENT = {"THP_MEM_ALLOC_ENABLE": "1"}  # a CPU's large tensors in huge pages: fewer faults, faster steps
 USERS_ERRNO = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR}
+
+
+def ready_cpu() -> None:
+    """What makes a process faster on a CPU; to be called before its first operation, whose threads would not have it.
+
+    Large tensors lie in huge pages, which fault less. Numbers below 1e-38, of which the gradients of attention are full and
+    with which products take ten times as long, count as zero: a step of the tiny model takes 0.6 to 0.75 of its time.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    torch.set_flush_denormal(True)
 
 
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> NoReturn:
     """main(argv[1:]) as a process: a mistake the user can mend ends in one line and status 2, Ctrl-C in status 130."""
     name = f"minibooth.{Path(argv[0]).stem}"
-    os.environ.update(ENVIRONMENT | os.environ)
+    ready_cpu()
     try:
         main(argv[1:])
     except UserError as error:

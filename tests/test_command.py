@@ -1,6 +1,8 @@
 """What the commands share."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -15,3 +17,13 @@ def test_commands_ask_for_huge_pages_unless_told_otherwise(monkeypatch):
         with pytest.raises(SystemExit, match="0"):
             command.run(lambda argv: None, ["train.py"])
         assert os.environ["THP_MEM_ALLOC_ENABLE"] == wanted
+
+
+def test_numbers_too_small_to_be_normal_count_as_zero():
+    """In every thread: products with them take ten times as long."""
+    lines = (
+        "command.ready_cpu(); torch.set_num_threads(2)",
+        "print((torch.full((1 << 20,), 1e-38) * 0.1).count_nonzero().item())",
+    )
+    words = [sys.executable, "-c", "; ".join(("import torch", "from minibooth import command", *lines))]
+    assert subprocess.run(words, capture_output=True, text=True, check=True).stdout == "0\n"
