@@ -79,7 +79,7 @@ def test_the_manifest_says_what_they_depend_on(preserving):
     schedule = json.loads((tiny() / "scheduler" / "scheduler_config.json").read_text())
     assert manifest == {
         "prompt": "a photo of dog", "resolution": 64, "scheduler": schedule, "dtype": "torch.float32",
-        "sampler": "ddim", "steps": 3, "guidance_scale": 7.5, "seed": "the picture's number",
+        "sampler": "dpmpp_2m", "steps": 3, "guidance_scale": 7.5, "seed": "the picture's number",
     }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from minibooth.diffusion.text_to_image import StableDiffusion
 from minibooth.dreambooth.data import find_pictures, is_picture
 from minibooth.dreambooth.settings import Settings
 
-DRAWING: dict[str, Any] = {"sampler": "ddim", "steps": 50, "guidance_scale": 7.5}
+DRAWING: dict[str, Any] = {"sampler": "dpmpp_2m", "steps": 25, "guidance_scale": 7.5}
 
 
 def origin(source: Source, weights: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype) -> dict[str, Any]:
