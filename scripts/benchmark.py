@@ -166,19 +166,21 @@ def opener(name: str) -> Callable[..., Any]:
 
 
 def draws(s: Settings, name: str, dtype: torch.dtype, steps: int) -> Step:
-    """Class pictures as either trainer draws them; the first time in two steps, to warm up."""
+    """Class pictures as either trainer draws them; the first time in four steps, to warm up."""
     mine, prompts, side = name == "ours", [s.class_prompt] * s.train_batch_size, s.resolution
     pipe = opener(name)(s.pretrained_model_name_or_path, **{"dtype" if mine else "torch_dtype": dtype})
     for network in (pipe.unet, pipe.vae, pipe.text_encoder):
         network.to(s.device)
-    if compiling.worth(s.compile, torch.device(s.device), steps) if mine else s.compile == "on":
+    if mine:
+        pipe.unet.forward = compiling.faster(pipe.unet.forward, s, torch.device(s.device))
+    elif s.compile == "on":
         pipe.unet.compile()
 
     def step(n: int) -> None:
         if mine:
-            pipe.generate(prompts, None, side, side, seed=0, **DRAWING | {"steps": steps if n else 2})
+            pipe.generate(prompts, None, side, side, seed=0, **DRAWING | {"steps": steps if n else 4})
         else:
-            pipe(prompts, height=side, width=side, num_inference_steps=steps if n else 2)
+            pipe(prompts, height=side, width=side, num_inference_steps=steps if n else 4)
 
     return step
 
@@ -206,6 +208,8 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     """One measurement, in this process: set up, a first step, and when its turn comes what counts."""
     s, row, name, dtype = settings(job), shlex.split(job["row"])[0], parts(job["side"])[1], DTYPES[job["precision"]]
     pictures = {"pictures": s.train_batch_size * (1 + s.with_prior_preservation)} if row != "load" else {}
+    if name == "ours":
+        command.ready_cpu()  # as python -m minibooth.train would
     if name == "floor":
         wait_for_turn()
         return counting.floor(s, dtype) | pictures
@@ -226,10 +230,9 @@ def measure(jobs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         running = []
         for job in jobs:
             argv = [sys.executable, __file__, "--job", json.dumps(job | {"began": time.time()})]
-            variables, name, _ = parts(job["side"])
-            given = command.ENVIRONMENT if name == "ours" else {}  # as python -m minibooth.train would have it
+            variables, *_ = parts(job["side"])
             errors = stack.enter_context(tempfile.TemporaryFile("w+"))
-            how = {"env": given | os.environ | variables, "stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            how = {"env": os.environ | variables, "stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
             process = subprocess.Popen(argv, stderr=errors, **how)
             stack.callback(process.kill)
             running.append((process, errors))

@@ -65,7 +65,7 @@ def with_class(folder: Path) -> dict:
 
 def trainer(settings: Settings, dtype: torch.dtype | None = None) -> Trainer:
     dtype = dtype or command.DTYPES[settings.mixed_precision or "no"]
-    return Trainer(settings, torch.device("cpu"), dtype, torch.float32)
+    return Trainer(settings, torch.device(settings.device or "cpu"), dtype, torch.float32)
 
 
 def train(settings: Settings, dtype: torch.dtype | None = None) -> Path:

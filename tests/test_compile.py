@@ -5,16 +5,20 @@ import functools
 import pytest
 import torch
 from comparing import error, normals
-from small_run import small, trainer, weights, with_class
+from PIL import Image
+from small_run import metrics as metrics_of
+from small_run import small, train, trainer, weights, with_class
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor import async_compile, metrics
 
 from minibooth.diffusion import samplers
+from minibooth.diffusion.images import to_tensor
 from minibooth.diffusion.scheduler import DDPMScheduler
 from minibooth.dreambooth import compiling
 from minibooth.dreambooth.objective import dreambooth_loss
 from minibooth.dreambooth.optimizer import BLOCK, code, update
+from minibooth.dreambooth.settings import Settings
 from minibooth.models import ops
 
 SIDES = {64: (320, 640, 960), 32: (320, 640, 960, 1280, 1920), 16: (640, 1280, 1920, 2560), 8: (1280, 2560)}
@@ -153,16 +157,37 @@ def test_a_compiled_run_is_the_eager_one(more, tmp_path, monkeypatch):
     assert max(error(left["on"][name], left["off"][name]) for name in left["on"]) < 1e-4
 
 
-def test_it_pays_on_a_gpu_in_a_long_run(monkeypatch, capsys):
-    monkeypatch.setattr(compiling.shutil, "which", lambda name: name)
-    monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: name)
-    gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    decided = [compiling.worth(choice, *how) for choice in ("auto", "on", "off") for how in ((gpu, 800), (gpu, 20), (cpu, 800))]
-    assert decided == [True, False, False, True, True, True, False, False, False]
-    assert not capsys.readouterr().out
-
-
 def test_without_a_compiler_it_is_said_in_a_line(monkeypatch, capsys):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert not compiling.worth("on", torch.device("cpu"), 800)
+    decided = [compiling.compilable(Settings(compile=choice), torch.device("cpu")) for choice in ("on", "auto", "off")]
+    assert decided == [False, False, False]
     assert capsys.readouterr().out == "not compiled, for lack of no-such-compiler: every step takes longer\n"
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: name)
+    assert compiling.compilable(Settings(compile="on"), torch.device("cpu"))
+
+
+def test_a_gpu_replays_unless_told_not_to():
+    devices = [torch.device(name) for name in ("cuda", "cpu", "mps")]
+    for choice, there in (("auto", True), ("on", True), ("off", False)):
+        assert [compiling.replayable(Settings(compile=choice), each) for each in devices] == [there, False, False]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("more", [
+    {"gradient_accumulation_steps": 2, "train_text_encoder": True}, {"gradient_checkpointing": True},
+    {"fused_backward_pass": True, "max_grad_norm": 0}, {"rank": 4, "lora_targets": "all"},
+])  # fmt: skip
+def test_a_replayed_run_is_the_eager_one(more, tmp_path):
+    """Class pictures, the last batch of them smaller, and steps at a falling rate."""
+    losses, drawn = {}, {}
+    for mode in ("off", "auto"):
+        how = dict(
+            compile=mode, device="cuda", output_dir=str(tmp_path / mode), with_prior_preservation=True, class_prompt="a dog",
+            num_class_images=7, sample_batch_size=4, lr_scheduler="linear", lr_warmup_steps=0, max_train_steps=8, **more,
+        )  # fmt: skip
+        train(small(tmp_path, **how))
+        losses[mode] = [line["loss"] for line in metrics_of(tmp_path / mode)]
+        drawn[mode] = [to_tensor(Image.open(path)) for path in sorted((tmp_path / mode).glob("class/drawn-*/*.png"))]
+    assert losses["auto"] == pytest.approx(losses["off"], rel=1e-3)
+    assert len({*losses["auto"]}) == 8
+    assert max((ours - eager).abs().max() for ours, eager in zip(drawn["auto"], drawn["off"], strict=True)) < 0.05

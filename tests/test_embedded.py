@@ -71,7 +71,7 @@ def test_diffusers_opens_it_and_draws_the_same(pipe):
 def test_training_lowers_the_loss_on_the_subject_and_what_was_saved_draws_the_same(tmp_path):
     def loss(job):
         with torch.no_grad():
-            return np.mean([job.losses(batch)["subject"].item() for batch in range(1000, 1008)])
+            return np.mean([job.losses(*job.batch(batch))["subject"].item() for batch in range(1000, 1008)])
 
     how = dict(
         validation_prompt="a photo of a zwx robot", num_validation_images=1, validation_guidance_scale=3.0, crops_per_image=0

@@ -204,7 +204,7 @@ def test_each_picture_is_told_its_own_sizes_and_crop(center, sdxl, tmp_path):
     told = []
     forward = run.pipe.unet.forward
     run.pipe.unet.forward = lambda *inputs: told.append(inputs[-1]) or forward(*inputs)
-    run.losses(0)
+    run.losses(*run.batch(0))
     assert torch.equal(told[0], seen[:2])
 
 
@@ -217,7 +217,7 @@ def test_the_loss_is_that_of_diffusers_unet_told_the_same(sdxl, theirs, tmp_path
         added = {"text_embeds": pooled, "time_ids": sizes}
         prediction = theirs.unet(run.pipe.scheduler.add_noise(x0, noise, t), t, context, added_cond_kwargs=added).sample
     expected = (prediction - noise).square().mean().item()
-    assert run.losses(0)["loss"].item() == pytest.approx(expected, rel=1e-5)
+    assert run.losses(*run.batch(0))["loss"].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_diffusers_draws_with_the_result(sdxl, tmp_path):

@@ -79,7 +79,7 @@ def test_the_loss_is_that_of_the_published_recipe(prior, settings, x4, tmp_path)
         seen = torch.cat([schedule.add_noise(x0, noise, t), low], dim=1)
         answer = theirs.unet(seen, t, context, class_labels=level).sample
         errors = (answer - schedule.get_velocity(x0, noise, t)).square().mean(dim=(1, 2, 3))
-        ours = job.losses(1)
+        ours = job.losses(*job.batch(1))
     subject, prior_loss = errors[:2].mean(), errors[2:].mean() if prior else torch.tensor(0.0)
     assert ours["subject"].item() == pytest.approx(subject.item(), rel=1e-5)
     assert ours["loss"].item() == pytest.approx((subject + 0.7 * prior_loss).item(), rel=1e-5)

@@ -292,7 +292,7 @@ def test_gradient_checkpointing_changes_memory_alone(tmp_path):
         run, sizes = trainer(settings), []
         run.prepare()
         with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.nbytes) or x, lambda x: x):
-            run.losses(0)
+            run.losses(*run.batch(0))
         return sum(sizes)
 
     changes = {"train_text_encoder": True, "max_train_steps": 3}
@@ -408,7 +408,7 @@ def test_the_loss_on_a_fixed_set_goes_down(tmp_path):
     def loss(model: Path) -> float:
         run = trainer(small(tmp_path, model, crops_per_image=1, output_dir=str(tmp_path / "nothing")))
         run.prepare()
-        return sum(run.losses(batch)["loss"].item() for batch in range(1000, 1008)) / 8
+        return sum(run.losses(*run.batch(batch))["loss"].item() for batch in range(1000, 1008)) / 8
 
     before = loss(tiny())
     assert loss(train(settings)) < 0.8 * before
@@ -443,7 +443,7 @@ def test_full_bf16_needs_no_autocast(full, tmp_path):
         for part in network.modules():
             if isinstance(part, torch.nn.Linear | torch.nn.Conv2d | torch.nn.GroupNorm | torch.nn.LayerNorm):
                 part.register_forward_hook(look)
-    run.losses(0)
+    run.losses(*run.batch(0))
     assert seen == {(torch.bfloat16, False)} if full else (torch.bfloat16, True) in seen
 
 
@@ -496,7 +496,7 @@ def test_each_sample_is_noised_and_told_its_own_prompt(train_text_encoder, tmp_p
     run.prepare()
     seen = []
     run.pipe.unet.register_forward_pre_hook(lambda network, inputs: seen.append(inputs))
-    run.losses(1)
+    run.losses(*run.batch(1))
     (x, t, context, *_), scheduler = seen[0], run.pipe.scheduler
     samples = [run.sample(latents, n) for latents in run.sets for n in (2, 3)]
     assert torch.equal(x, torch.cat([scheduler.add_noise(*sample[:3]) for sample in samples]))

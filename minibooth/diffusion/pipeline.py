@@ -91,14 +91,22 @@ class Pipeline:
         """What the UNet computes in."""
         return self.unet.conv_in.weight.dtype
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Tensor | Condition:
-        """The UNet's conditioning: context [B, N, D]."""
-        return self.text_encoder(self.tokenizer(prompts).to(self.device)).to(self.dtype)
+    def tokens(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
+        """What `encode` takes: token ids [B, N], on the device."""
+        return (self.tokenizer(prompts).to(self.device),)
+
+    def encode(self, ids: Tensor) -> Condition:
+        """The UNet's conditioning, as a tuple whatever the model: context [B, N, D]."""
+        return (self.text_encoder(ids).to(self.dtype),)
 
     def condition(self, prompts: Sequence[str]) -> Condition:
-        """`encode_prompts` as a tuple, whatever the model."""
-        encoded = self.encode_prompts(prompts)
-        return encoded if isinstance(encoded, tuple) else (encoded,)
+        """`encode`, from words."""
+        return self.encode(*self.tokens(prompts))
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor | Condition:
+        """`condition`, where it is but one tensor that."""
+        encoded = self.condition(prompts)
+        return encoded if len(encoded) > 1 else encoded[0]
 
     def unconditional(self, negative_prompts: Sequence[str] | None) -> Condition:
         """What guidance leads away from; the empty prompt where there are no others."""

@@ -104,13 +104,16 @@ class StableDiffusionXL(StableDiffusion):
         super().__init__(source, dtype, device, prediction_type)
         self.tokenizer_2 = source.tokenizer("tokenizer_2")
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
-        """The UNet's conditioning: context [B, N, D1 + D2], pooled [B, P], and the sizes of a whole picture [B, 6]."""
-        pairs = (self.text_encoder, self.tokenizer), (self.text_encoder_2, self.tokenizer_2)
-        (first, _), (second, pooled) = (encoder.penultimate(tokenizer(prompts).to(self.device)) for encoder, tokenizer in pairs)
+    def tokens(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
+        """What `encode` takes: both tokenizers' ids [B, N], and the sizes of a whole picture [B, 6]."""
         h, w = self.latent_size(None, None)
-        whole = torch.tensor([[h, w, 0, 0, h, w]], device=self.device) * self.factor
-        return torch.cat([first, second], dim=-1).to(self.dtype), pooled.to(self.dtype), whole.expand(len(prompts), 6)
+        whole = torch.tensor([[h, w, 0, 0, h, w]] * len(prompts), device=self.device) * self.factor
+        return (*super().tokens(prompts), self.tokenizer_2(prompts).to(self.device), whole)
+
+    def encode(self, ids: Tensor, ids_2: Tensor, sizes: Tensor) -> Condition:  # type: ignore[override]
+        """The UNet's conditioning: context [B, N, D1 + D2], pooled [B, P], and the sizes [B, 6]."""
+        (first, _), (second, pooled) = self.text_encoder.penultimate(ids), self.text_encoder_2.penultimate(ids_2)
+        return torch.cat([first, second], dim=-1).to(self.dtype), pooled.to(self.dtype), sizes
 
     def unconditional(self, negative_prompts: Sequence[str] | None) -> Condition:
         """Zeros where there are no negative prompts, as the published model was trained."""

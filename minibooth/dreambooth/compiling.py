@@ -1,18 +1,23 @@
-"""Speed put on from outside: whether torch.compile pays, and where it keeps what it made, so that a second run starts warm."""
+"""Speed put on from outside: whether torch.compile pays, and where it keeps what it made, so that a second run starts warm;
+on a GPU, a step's kernels started together.
+"""
 
 import importlib.util
 import os
 import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-ENOUGH = 500  # calls on a GPU that save more than a minute of compiling; a CPU's convolutions are no faster for it
+from minibooth.dreambooth.settings import Settings
 
 
-def worth(choice: str, device: torch.device, calls: int) -> bool:
-    """Whether to compile what is to be called so often, as --compile says. Says so in a line where that cannot be done."""
-    if choice == "off" or (choice == "auto" and (device.type != "cuda" or calls < ENOUGH)):
+def compilable(settings: Settings, device: torch.device) -> bool:
+    """Whether to compile, as --compile says. Says so in a line where that cannot be done."""
+    if settings.compile != "on":
         return False
     compiler = os.environ.get("CXX", "g++")
     missing = [compiler] * (not shutil.which(compiler))
@@ -23,3 +28,50 @@ def worth(choice: str, device: torch.device, calls: int) -> bool:
     caches = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(caches / "minibooth" / "compiled"))
     return True
+
+
+def replayable(settings: Settings, device: torch.device) -> bool:
+    """Whether what a GPU does again and again is to be a `Graph`."""
+    return device.type == "cuda" and settings.compile != "off"
+
+
+def faster(function: Callable[..., Tensor], settings: Settings, device: torch.device) -> Callable[..., Tensor]:
+    """A function of tensors, compiled and as a `Graph` where that is wanted."""
+    function = torch.compile(function, dynamic=False) if compilable(settings, device) else function
+    return Graph(function) if replayable(settings, device) else function
+
+
+class Graph:
+    """A function of tensors on a GPU, whose thousands of kernels are started as one: a CUDA graph.
+
+    WARM times it runs as it is, until all that it makes at first is there (moments, compiled code); then it is captured, and
+    from then on replayed on a copy of what it gets; so for each set of shapes. It returns one tensor.
+    """
+
+    WARM = 2
+
+    def __init__(self, function: Callable[..., Tensor]):
+        self.function, self.stream = function, torch.cuda.Stream()
+        self.calls: Counter[tuple] = Counter()
+        self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        shapes = tuple(x.shape for x in inputs)
+        self.calls[shapes] += 1
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            result = self.function(*inputs) if self.calls[shapes] <= self.WARM else self.replay(shapes, inputs)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return result
+
+    def replay(self, shapes: tuple, inputs: Sequence[Tensor]) -> Tensor:
+        """The function's result by its graph, which is captured if there is none yet."""
+        if shapes not in self.graphs:
+            graph, held = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
+            with torch.cuda.graph(graph, stream=self.stream):
+                result = self.function(*held)
+            self.graphs[shapes] = graph, held, result
+        graph, held, result = self.graphs[shapes]
+        torch._foreach_copy_(held, [*inputs])
+        graph.replay()
+        return result.clone()

@@ -73,13 +73,14 @@ class AdamW(torch.optim.Optimizer):
         kinds: dict[bool, list[Any]] = {True: [], False: []}
         for p in parameters:
             state = self.state[p] = self.state[p] or self.fresh(p)
-            state["step"] += 1
             kinds[state["exp_avg"].dtype == p.dtype].append(p)
         if plain := kinds[True]:
             first, second, steps = ([self.state[p][name] for p in plain] for name in (*SIGNED, "step"))
+            torch._foreach_add_(steps, 1)
             how = dict(lr=rate, beta1=beta1, beta2=beta2, weight_decay=decay, eps=epsilon, amsgrad=False, maximize=False)
             torch._fused_adamw_(plain, [p.grad for p in plain], first, second, [], steps, **how)
         for p in kinds[False]:
+            self.state[p]["step"] += 1
             step, size = int(self.state[p]["step"]), SLICE[p.device.type]
             key = generator(self.seed, "rounding", step, self.numbers[p]).initial_seed() >> 2
             now = rate / (1 - beta1**step), (1 - beta2**step) ** 0.5, 1 - rate * decay, beta1, beta2, epsilon

@@ -90,7 +90,11 @@ class Settings:
         None, "autocast; weights stay in fp32, but for --full_bf16", choices=("no", "fp16", "bf16")
     )
     allow_tf32: bool = flag(False, "TF32 matrix products on Ampere and later GPUs")
-    compile: str = flag("auto", "compile the step; auto: on a GPU, in a long run", choices=("auto", "on", "off"))
+    compile: str = flag(
+        "auto",
+        "auto: a GPU starts a step's kernels as one graph; on: they are compiled, too; off",
+        choices=("auto", "on", "off"),
+    )
     device: str | None = flag(None, "cuda, mps or cpu; the best there")
     parallel: str | None = flag(
         None, "for many processes (torchrun): all weights in each, or a shard of them; ddp", choices=("ddp", "fsdp")

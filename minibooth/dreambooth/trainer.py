@@ -38,7 +38,7 @@ from minibooth.dreambooth.metrics import Watch
 from minibooth.dreambooth.objective import dreambooth_loss
 from minibooth.dreambooth.optimizer import AdamW, moments, restore
 from minibooth.dreambooth.parallel import Ranks
-from minibooth.dreambooth.prior import DRAWING, ClassPictures
+from minibooth.dreambooth.prior import ClassPictures
 from minibooth.dreambooth.settings import Settings
 from minibooth.dreambooth.weights import Weights
 from minibooth.errors import UserError
@@ -99,8 +99,7 @@ class Trainer:
         if s.with_prior_preservation and self.prior.missing:
             self.ranks.wait()  # until all know what is missing
             pipe = load(self.pipe.source, self.prior_dtype, self.device)
-            if compiling.worth(s.compile, self.device, DRAWING["steps"] * len(self.prior.missing) // s.sample_batch_size):
-                pipe.unet.compile()
+            pipe.unet.forward = compiling.faster(pipe.unet.forward, s, self.device)  # type: ignore[method-assign]
             self.prior.draw(pipe, self.ranks.number, self.ranks.count)
             del pipe
             self.ranks.wait()
@@ -111,8 +110,13 @@ class Trainer:
         self.optimizer = AdamW(groups, betas, s.adam_epsilon, s.adam_weight_decay, s.use_8bit_adam, self.seed)
         if s.fused_backward_pass:
             self.optimizer.step_in_backward()
-        if self.ranks.shards == 1 and compiling.worth(s.compile, self.device, self.steps - self.start):
+        if self.ranks.shards == 1 and compiling.compilable(s, self.device):
             self.compile()
+        tells_numbers = s.use_8bit_adam or s.full_bf16 or self.dtype == torch.float16  # where the host decides, no graph can
+        if self.ranks.count == 1 and not tells_numbers and compiling.replayable(s, self.device):
+            for group in self.optimizer.param_groups:
+                group["lr"] = torch.zeros((), device=self.device)
+            self.update = compiling.Graph(self.update)  # type: ignore[method-assign]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         if self.resumed:
             restore(self.optimizer, self.trained, files.Tensors([self.resumed / "optimizer.safetensors"]))
@@ -133,6 +137,7 @@ class Trainer:
         """Encode prompts and pictures once, then let go of the networks that have nothing left to do."""
         s, pipe = self.settings, self.pipe
         self.condition: Condition | None = None
+        self.tokens = pipe.tokens(self.prompts)
         if not s.train_text_encoder:
             self.condition = pipe.condition(self.prompts)
             self.validation = self.validation_conditions()
@@ -185,20 +190,10 @@ class Trainer:
 
     def step(self, step: int) -> dict[str, float]:
         """One update of the weights. Returns the loss and its two parts, means over the accumulated batches and the ranks."""
-        s, names = self.settings, ("loss", "subject", "prior")
-        total = torch.zeros(len(names), device=self.device)
-        for part in range(s.gradient_accumulation_steps):
-            last = part + 1 == s.gradient_accumulation_steps
-            with contextlib.nullcontext() if last else self.networks.no_sync():
-                losses = self.networks(self.losses, step * s.gradient_accumulation_steps + part)
-                self.scaler.scale(losses["loss"] / s.gradient_accumulation_steps).backward()
-            total += torch.stack([losses[name].detach() for name in names]) / s.gradient_accumulation_steps
-        self.scaler.unscale_(self.optimizer)
-        if s.max_grad_norm:
-            nn.utils.clip_grad_norm_((p for module in self.trained.values() for p in module.parameters()), s.max_grad_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=False)  # fresh gradients each step cost a third of it on a CPU: page faults
+        first, names = step * self.settings.gradient_accumulation_steps, ("loss", "subject", "prior")
+        batches = [self.batch(first + part) for part in range(self.settings.gradient_accumulation_steps)]
+        with seeded(self.device, self.seed, "dropout", self.numbers(first).start):
+            total = self.update(*(x for batch in batches for x in batch))
         found = self.ranks.mean(dict(zip(names, total.tolist(), strict=True)))  # only now does a GPU have to be waited for
         if not math.isfinite(found["loss"]):
             good = [path for number, path in self.journal.checkpoints() if number < step]  # a finite loss came after them
@@ -206,19 +201,41 @@ class Trainer:
             raise UserError(f"the loss is {found['loss']} at step {step + 1}: lower --learning_rate or use bf16; {remedy}")
         return found
 
+    def update(self, *batches: Tensor) -> Tensor:
+        """All that a device does in a step on one or more `batch`es, one after the other: [loss, subject, prior], means.
+
+        From the same tensors always the same operations, and nothing is read back, so that it can be a graph.
+        """
+        s, parts = self.settings, self.settings.gradient_accumulation_steps
+        size, total = len(batches) // parts, torch.zeros(3, device=self.device)
+        for part in range(parts):
+            with contextlib.nullcontext() if part + 1 == parts else self.networks.no_sync():
+                losses = self.networks(self.losses, *batches[part * size : (part + 1) * size])
+                self.scaler.scale(losses["loss"] / parts).backward()
+            total += torch.stack([x.detach() for x in losses.values()]) / parts
+        self.scaler.unscale_(self.optimizer)
+        if s.max_grad_norm:
+            nn.utils.clip_grad_norm_((p for module in self.trained.values() for p in module.parameters()), s.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return total
+
     def numbers(self, batch: int) -> range:
         """Of the samples in the run's `batch`-th batch, those of this rank."""
         first = (batch * self.ranks.count + self.ranks.number) * self.settings.train_batch_size
         return range(first, first + self.settings.train_batch_size)
 
-    def losses(self, batch: int) -> dict[str, Tensor]:
-        """The objective on this rank's part of the run's `batch`-th batch: B subject samples, then B class samples."""
-        numbers = self.numbers(batch)
-        samples = [self.sample(latents, n) for latents in self.sets for n in numbers]
-        x0, noise, t, *told = (torch.cat(column).to(self.device) for column in zip(*samples, strict=True))
-        with self.autocast(), seeded(self.device, self.seed, "dropout", numbers.start):
-            condition = self.condition or self.pipe.condition(self.prompts)
-            condition = tuple(each.repeat_interleave(len(numbers), dim=0) for each in condition)
+    def batch(self, batch: int) -> tuple[Tensor, ...]:
+        """This rank's part of the run's `batch`-th batch, on the device: B subject samples, then B class samples."""
+        samples = [self.sample(latents, n) for latents in self.sets for n in self.numbers(batch)]
+        return tuple(torch.cat(column).to(self.device) for column in zip(*samples, strict=True))
+
+    def losses(self, x0: Tensor, noise: Tensor, t: Tensor, *told: Tensor) -> dict[str, Tensor]:
+        """The objective on a `batch`."""
+        with self.autocast():
+            condition = self.condition or self.pipe.encode(*self.tokens)
+            condition = tuple(each.repeat_interleave(len(x0) // len(self.sets), dim=0) for each in condition)
             return self.objective(x0, noise, t, condition, *told)
 
     def autocast(self) -> torch.autocast:
@@ -249,13 +266,14 @@ class Trainer:
 
     def set_learning_rates(self, step: int) -> list[float]:
         """Give the optimizer this step's rates, one per trained network."""
-        s = self.settings
+        s, rates = self.settings, []
         scale = s.samples(self.ranks.count) if s.scale_lr else 1
         for group in self.optimizer.param_groups:
             peak = group["peak"] * scale
             rate = learning_rate(s.lr_scheduler, peak, step, self.steps, s.lr_warmup_steps, s.lr_num_cycles, s.lr_power)
-            group["lr"] = rate
-        return [group["lr"] for group in self.optimizer.param_groups]
+            rates.append(rate)
+            group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
+        return rates
 
     @torch.no_grad()
     def validate(self, step: int) -> None:

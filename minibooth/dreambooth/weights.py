@@ -73,7 +73,7 @@ class Weights:
             elif full and self.resumed:
                 network.load_state_dict(dict(files.weights_of(self.resumed / name, COMPONENTS[name].stem)))
             if trains and self.settings.gradient_checkpointing:
-                recompute_activations(network)
+                recompute_activations(network, dropout=self.settings.lora_dropout > 0)
 
     def groups(self) -> list[dict[str, Any]]:
         """For the optimizer: what trains of each network, and its peak learning rate."""
@@ -150,13 +150,14 @@ class Weights:
         return {f"ss_{key}": str(value) for key, value in told.items()}
 
 
-def recompute_activations(network: nn.Module) -> None:
-    """Gradient checkpointing (Chen et al. 2016) from outside: these parts forget what they computed and do it again.
+def recompute_activations(network: nn.Module, dropout: bool = False) -> None:
+    """Gradient checkpointing (Chen et al. 2016) from outside: these parts forget what they computed and do it again, with the
+    same random numbers if there is `dropout`.
 
     So do the blocks of a deep transformer (XL's have up to ten) when their time comes, one after the other.
     """
     parts = [part for part in network.modules() if isinstance(part, BLOCKS)]
     stacks = [part.transformer_blocks for part in parts if isinstance(part, Transformer)]
     for part in (*parts, *(block for stack in stacks if len(stack) > 1 for block in stack)):
-        forward = functools.partial(checkpoint, part.forward, use_reentrant=False)
+        forward = functools.partial(checkpoint, part.forward, use_reentrant=False, preserve_rng_state=dropout)
         part.forward = forward  # type: ignore[method-assign]

@@ -98,7 +98,7 @@ class TextModel(nn.Module):
         The end token is the vocabulary's last.
         """
         penultimate, last = self(ids)
-        return penultimate, last[torch.arange(len(ids)), ids.argmax(dim=1)]
+        return penultimate, last[torch.arange(len(ids), device=ids.device), ids.argmax(dim=1)]
 
 
 class CLIPText(nn.Module):
