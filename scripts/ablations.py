@@ -41,12 +41,13 @@ from world import ACCESSORIES, CLASSES, PHOTOGRAPHED, PLACES, SUBJECTS
 import minibooth
 from minibooth.checkpoint.load import Source
 from minibooth.checkpoint.lora import DIFFUSERS
+from minibooth.command import ready_cpu
 from minibooth.diffusion.images import grid, save_png, to_tensor
 from minibooth.diffusion.text_to_image import StableDiffusion
+from minibooth.dreambooth import prior
 from minibooth.dreambooth.data import find_pictures, open_picture
 from minibooth.dreambooth.metrics import Eyes, agreement, ceiling, likeness
 from minibooth.dreambooth.parallel import Ranks
-from minibooth.dreambooth.prior import origin
 from minibooth.dreambooth.settings import Settings
 from minibooth.train import EMBEDDED, WEIGHTS, trainer
 
@@ -80,7 +81,7 @@ def prompts(name: str, changes: Changes) -> list[str]:
     return [" ".join(filter(None, each)) for each in words]
 
 
-def train(folder: Path, name: str, seed: int, changes: dict[str, Any], few_steps: dict[str, int]) -> None:
+def train(folder: Path, name: str, seed: int, changes: dict[str, Any], few_steps: dict[str, int], device: str) -> None:
     """The default run with other photographs, and `changes`; class pictures are of the subject's class, whatever the noun."""
     kind, photographs = SUBJECTS[name].kind, WEIGHTS / "subject" / name
     if "pictures" in changes:
@@ -93,15 +94,21 @@ def train(folder: Path, name: str, seed: int, changes: dict[str, Any], few_steps
         "instance_data_dir": str(photographs), "class_data_dir": str(folder.with_name(f"class-{kind}")), "seed": seed,
         "instance_prompt": f"a photo of a zwx {noun(name, changes)}".strip(), "class_prompt": f"a photo of a {kind}",
         "output_dir": str(folder), "validation_prompt": None, "resume_from_checkpoint": "latest",
+        "prior_generation_precision": "fp32",
     }  # fmt: skip
     settings = {key: value for key, value in changes.items() if key not in ("noun", "pictures")}
-    trainer(Settings(**(EMBEDDED | own | settings | few_steps)), Ranks(torch.device("cpu"))).train()
+    trainer(Settings(**(EMBEDDED | own | settings | few_steps)), Ranks(torch.device(device))).train()
 
 
 def draw(pipe: StableDiffusion, asked: Sequence[str], seed: int) -> list[Image.Image]:
-    """EACH pictures of every prompt."""
-    first = range(100_000 * seed, 100_000 * seed + 1000 * len(asked), 1000)
-    return [image for n, each in zip(first, asked, strict=True) for image in pipe.generate([each] * EACH, seed=n, **DRAWING)]
+    """EACH pictures of every prompt, of a few prompts at a time."""
+    images, at_once = [], 10
+    for start in range(0, len(asked), at_once):
+        some = asked[start : start + at_once]
+        condition = [each.repeat_interleave(EACH, dim=0) for each in pipe.condition(some)]
+        seeds = [100_000 * seed + 1000 * n + i for n in range(start, start + len(some)) for i in range(EACH)]
+        images += pipe.draw(tuple(condition), pipe.unconditional(None), seeds, **DRAWING)
+    return images
 
 
 def judged(judge: judges.Judge, name: str, new: Sequence[Image.Image], bare: Sequence[Image.Image]) -> dict[str, float]:
@@ -147,12 +154,14 @@ def final_loss(folder: Path) -> float:
     return mean(losses[-len(losses) // 4 :])
 
 
-def run(judge: Path, folder: Path, name: str, seed: int, changes: Changes, few_steps: dict[str, int]) -> dict[str, float]:
+def run(
+    judge: Path, folder: Path, name: str, seed: int, changes: Changes, few_steps: dict[str, int], device: str = "cpu"
+) -> dict[str, float]:
     """Train (only so long, if `few_steps` says so), draw and measure; leaves sheet.png, a row of pictures."""
     if changes is not None and not any((folder / file).exists() for file in ("model_index.json", DIFFUSERS)):
-        train(folder, name, seed, changes, few_steps)
+        train(folder, name, seed, changes, few_steps, device)
     whole = changes is not None and "rank" not in changes
-    pipe = minibooth.load(folder if whole else WEIGHTS / "tiny")
+    pipe = minibooth.load(folder if whole else WEIGHTS / "tiny", device=device)
     if changes and "rank" in changes:
         pipe.load_lora(folder)
     asked = prompts(name, changes)
@@ -164,12 +173,18 @@ def run(judge: Path, folder: Path, name: str, seed: int, changes: Changes, few_s
     return figures
 
 
+def ready() -> None:
+    """A worker before its first run."""
+    ready_cpu()
+    torch.set_num_threads(1)
+
+
 def fingerprints(few_steps: dict[str, int]) -> list[str]:
     """Of what all runs have in common, model and drawing; and, for those that train, with the default settings besides."""
     source = Source.open(EMBEDDED["pretrained_model_name_or_path"])
-    drawn = [origin(source, source.weights, torch.float32), DRAWING, ASKED]
+    drawn = [prior.origin(source, source.weights, torch.float32), DRAWING, ASKED]
     settings = {name: value for name, value in (EMBEDDED | few_steps).items() if str(WEIGHTS) not in str(value)}
-    words = (json.dumps(each, sort_keys=True) for each in (drawn, [*drawn, settings]))
+    words = (json.dumps(each, sort_keys=True) for each in (drawn, [*drawn, prior.DRAWING, settings]))
     return [hashlib.sha256(each.encode()).hexdigest()[:10] for each in words]
 
 
@@ -202,6 +217,7 @@ def main() -> None:
     parser.add_argument("--subjects", nargs="+", default=["robot", "cat", "cup"], choices=[*SUBJECTS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--workers", type=int, help="runs at a time, one thread each (default: all cores)")
+    parser.add_argument("--device", default="cpu", help="that of all runs, cpu or cuda (default cpu)")
     parser.add_argument("--max_train_steps", type=int, help="of every run, for a quick look in a folder of its own")
     args = parser.parse_args()
     few_steps = {"max_train_steps": args.max_train_steps} if args.max_train_steps else {}
@@ -212,10 +228,9 @@ def main() -> None:
     of = {folder.name: made[changes is not None] for folder, (*_, changes) in wanted.items()}
     lines = args.figures.read_text().splitlines() if args.figures.exists() else []
     known = {line["run"]: line["figures"] for line in map(json.loads, lines) if line["of"] == of.get(line["run"])}
-    how = {"mp_context": get_context("spawn"), "initializer": torch.set_num_threads, "initargs": (1,)}
-    with ProcessPoolExecutor(args.workers, **how) as pool:
+    with ProcessPoolExecutor(args.workers, get_context("spawn"), ready) as pool:
         runs = {
-            pool.submit(run, args.judge, folder, *what, few_steps): folder.name
+            pool.submit(run, args.judge, folder, *what, few_steps, args.device): folder.name
             for folder, what in wanted.items()
             if folder.name not in known
         }
