@@ -12,13 +12,16 @@ Every measurement is a process of its own, and the sides take turns, --repeats t
 by side, which is most of the time where there is a compiler, and still measured one by one. Each leaves a line of JSON in
 --out as soon as it is done; the table has medians over all. A folder of configurations without weights gets random ones.
 
-On a GPU; SD1 and SD2 are folders of models:
+On a GPU; SD1 and SD2 are folders of models. Compiled sides take five minutes to be ready, so they have a call of their own:
 
-    python scripts/benchmark.py --model SD1 --precision bf16 --steps 20 --repeats 1 --at_once 6 --out figures.jsonl \\
-        --rows "prior --train_batch_size 1" "unet --train_batch_size 8" "draw --train_batch_size 4" \\
-        --sides reference "reference --compile on" "ours --compile off" "ours --compile on" floor
-    python scripts/benchmark.py --model SD2 --precision bf16 --steps 20 --repeats 1 --out figures.jsonl \\
-        --rows "unet --train_batch_size 64" --sides "ours --compile on" floor
+    python scripts/benchmark.py --model SD1 --precision bf16 --steps 15 --repeats 1 --at_once 8 --out figures.jsonl \\
+        --rows "prior --train_batch_size 1" "unet --train_batch_size 8" --sides reference ours "ours --compile off" floor
+    python scripts/benchmark.py --model SD1 --precision bf16 --steps 15 --repeats 1 --at_once 4 --out figures.jsonl \\
+        --rows "prior --train_batch_size 1" "unet --train_batch_size 8" --sides "reference --compile on" "ours --compile on"
+    python scripts/benchmark.py --model SD1 --precision bf16 --repeats 1 --out figures.jsonl \\
+        --rows "draw --train_batch_size 4" --sides reference ours
+    python scripts/benchmark.py --model SD2 --precision bf16 --steps 10 --repeats 1 --out figures.jsonl \\
+        --rows "unet --train_batch_size 64" --sides ours
 """
 
 import argparse

@@ -104,7 +104,7 @@ class Pipeline:
         return self.encode(*self.tokens(prompts))
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor | Condition:
-        """`condition`, where it is but one tensor that."""
+        """`condition`; where that is one tensor, the tensor itself."""
         encoded = self.condition(prompts)
         return encoded if len(encoded) > 1 else encoded[0]
 

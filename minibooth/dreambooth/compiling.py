@@ -1,6 +1,4 @@
-"""Speed put on from outside: whether torch.compile pays, and where it keeps what it made, so that a second run starts warm;
-on a GPU, a step's kernels started together.
-"""
+"""Speed put on from outside: a GPU's kernels started together; torch.compile, which keeps what it made for a second run."""
 
 import importlib.util
 import os
