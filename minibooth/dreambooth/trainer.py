@@ -112,8 +112,9 @@ class Trainer:
             self.optimizer.step_in_backward()
         if self.ranks.shards == 1 and compiling.compilable(s, self.device):
             self.compile()
-        tells_numbers = s.use_8bit_adam or s.full_bf16 or self.dtype == torch.float16  # where the host decides, no graph can
-        if self.ranks.count == 1 and not tells_numbers and compiling.replayable(s, self.device):
+        told = s.use_8bit_adam or s.full_bf16 or self.dtype == torch.float16  # numbers by the host, which a graph cannot be
+        hooked = s.gradient_checkpointing or s.fused_backward_pass  # not seen as a graph yet
+        if self.ranks.count == 1 and not told and not hooked and compiling.replayable(s, self.device):
             for group in self.optimizer.param_groups:
                 group["lr"] = torch.zeros((), device=self.device)
             self.update = compiling.Graph(self.update)  # type: ignore[method-assign]
