@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from minibooth.checkpoint import files
 from minibooth.diffusion.scheduler import DDPMScheduler
+from minibooth.dreambooth.compiling import Graph
 from minibooth.models.tokenizer import END, START
 
 CLASSES = {
@@ -144,7 +145,7 @@ class Training:
         self.clock = torch.zeros(3, dtype=torch.float64)  # steps, samples seen, seconds
         self.device = next(network.parameters()).device
         self.now = torch.zeros(4, device=self.device)  # the step's rate, Adam's two corrections, the average's weight
-        self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, Sequence[Tensor], Tensor]] = {}
+        self.run_step = Graph(self.work) if self.device.type == "cuda" else self.work
         self.shares = threads if self.device.type == "cpu" else 1
         self.pool = ThreadPoolExecutor(self.shares)
         if path.exists():
@@ -195,7 +196,7 @@ class Training:
         for column, new in zip(old, (momentum, parameter, average), strict=True):
             torch._foreach_copy_(column, new.unbind())
 
-    def work(self, batch: Sequence[Tensor]) -> Tensor:
+    def work(self, *batch: Tensor) -> Tensor:
         """The operations of a step; returns the loss."""
         spread = self.pool.map if self.shares > 1 else map  # another thread's would not be captured
         shares = zip(*(x.chunk(self.shares) for x in batch), strict=True)
@@ -204,25 +205,6 @@ class Training:
         list(spread(self.update, self.groups, [[whole[name] for name in names] for names in self.groups]))
         return torch.stack(losses).sum()
 
-    def replay(self, batch: list[Tensor]) -> Tensor:
-        """`work` as a graph, captured when a batch first has these shapes, after two steps with it in a stream aside."""
-        shapes = tuple(x.shape for x in batch)
-        if shapes not in self.graphs:
-            held, aside = [x.clone() for x in batch], torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
-                for _ in range(2):
-                    self.work(held)
-            torch.cuda.current_stream().wait_stream(aside)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="relaxed"):
-                loss = self.work(held)
-            self.graphs[shapes] = graph, held, loss
-        graph, held, loss = self.graphs[shapes]
-        torch._foreach_copy_(held, batch)
-        graph.replay()
-        return loss.clone()
-
     def step(self, batch: Sequence[Tensor]) -> Tensor:
         """One update; returns the loss."""
         self.clock += torch.tensor([1, len(batch[0]), 0])
@@ -230,8 +212,7 @@ class Training:
         rate = self.rate * max(0.0, min(1.0, step / 100, 1.5 * left))
         weight = max(9 / (step + 9), 2e-4)  # an average over about the last tenth of all steps
         self.now.copy_(torch.tensor([rate, 1 - 0.95**step, 1 - 0.99**step, weight]))
-        batch = [x.to(self.device) for x in batch]
-        return self.work(batch) if self.device.type == "cpu" else self.replay(batch)
+        return self.run_step(*(x.to(self.device) for x in batch))
 
     def run(self, draw: Callable[[int], Sequence[Tensor]], show: Callable[[], None]) -> None:
         """Train on draw(step) until the budget is spent, with a line a minute, the state every third, a show every tenth."""

@@ -66,7 +66,7 @@ class Graph:
         """The function's result by its graph, which is captured if there is none yet."""
         if shapes not in self.graphs:
             graph, held = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
-            with torch.cuda.graph(graph, stream=self.stream):
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="relaxed"):  # other threads may go on
                 result = self.function(*held)
             self.graphs[shapes] = graph, held, result
         graph, held, result = self.graphs[shapes]

@@ -20,8 +20,9 @@ from minibooth.diffusion.images import save_png
 from minibooth.diffusion.text_to_image import StableDiffusion
 from minibooth.dreambooth.data import find_pictures, is_picture
 from minibooth.dreambooth.settings import Settings
+from minibooth.dreambooth.stages import VALIDATION
 
-DRAWING: dict[str, Any] = {"sampler": "dpmpp_2m", "steps": 25, "guidance_scale": 7.5}
+DRAWING: dict[str, Any] = VALIDATION | {"guidance_scale": 7.5}
 
 
 def origin(source: Source, weights: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype) -> dict[str, Any]:

@@ -140,7 +140,7 @@ class Trainer:
         self.condition: Condition | None = None
         self.tokens = pipe.tokens(self.prompts)
         if not s.train_text_encoder:
-            self.condition = pipe.condition(self.prompts)
+            self.condition = pipe.encode(*self.tokens)
             self.validation = self.validation_conditions()
             for name in self.weights.texts:
                 pipe.release(name)
