@@ -125,7 +125,7 @@ def test_the_update_has_its_eager_numbers():
         p, g = normals(4 * BLOCK).bfloat16(), normals(4 * BLOCK, seed=1).bfloat16()
         moments = [(torch.zeros(4 * BLOCK, dtype=torch.uint8), torch.zeros(4), *code(signed)) for signed in (True, False)]
         for step in range(1, 4):
-            kernel(p, g, *moments, 1e-2 / step, 0.1 * step, 0.99, 0.9, 0.999, 1e-8, step)
+            kernel(p, g, *moments, torch.tensor(float(step)), 1e-2 / step, 0.1, 0.9, 0.999, 1e-8, 7)
         return [p.float(), moments[0][1], moments[1][1]]
 
     compiled = torch.compile(update, fullgraph=True, dynamic=True)
@@ -173,10 +173,13 @@ def test_a_gpu_replays_unless_told_not_to():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("more", [
-    {"gradient_accumulation_steps": 2, "train_text_encoder": True}, {"rank": 4, "lora_targets": "all"},
+@pytest.mark.parametrize("close, more", [
+    (1e-3, {"gradient_accumulation_steps": 2, "train_text_encoder": True}),
+    (1e-3, {"rank": 4, "lora_targets": "all", "gradient_checkpointing": True}),
+    (1e-2, {"use_8bit_adam": True, "full_bf16": True, "mixed_precision": "bf16", "train_text_encoder": True}),
+    (1e-2, {"use_8bit_adam": True, "fused_backward_pass": True, "max_grad_norm": 0.0, "gradient_checkpointing": True}),
 ])  # fmt: skip
-def test_a_replayed_run_is_the_eager_one(more, tmp_path):
+def test_a_replayed_run_is_the_eager_one(close, more, tmp_path):
     """Class pictures, the last batch of them smaller, and steps at a falling rate."""
     losses, drawn = {}, {}
     for mode in ("off", "auto"):
@@ -187,6 +190,6 @@ def test_a_replayed_run_is_the_eager_one(more, tmp_path):
         train(small(tmp_path, **how))
         losses[mode] = [line["loss"] for line in metrics_of(tmp_path / mode)]
         drawn[mode] = [to_tensor(Image.open(path)) for path in sorted((tmp_path / mode).glob("class/drawn-*/*.png"))]
-    assert losses["auto"] == pytest.approx(losses["off"], rel=1e-3)
+    assert losses["auto"] == pytest.approx(losses["off"], rel=close)
     assert len({*losses["auto"]}) == 8
     assert max((ours - eager).abs().max() for ours, eager in zip(drawn["auto"], drawn["off"], strict=True)) < 0.05

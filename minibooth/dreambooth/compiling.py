@@ -13,9 +13,9 @@ from torch import Tensor
 from minibooth.dreambooth.settings import Settings
 
 
-def compilable(settings: Settings, device: torch.device) -> bool:
-    """Whether to compile, as --compile says. Says so in a line where that cannot be done."""
-    if settings.compile != "on":
+def compilable(settings: Settings, device: torch.device, pays: bool = False) -> bool:
+    """Whether to compile, as --compile says; "auto" is where it `pays`. Says so in a line where that cannot be done."""
+    if settings.compile != "on" and not (pays and settings.compile == "auto"):
         return False
     compiler = os.environ.get("CXX", "g++")
     missing = [compiler] * (not shutil.which(compiler))

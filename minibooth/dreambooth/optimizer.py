@@ -12,6 +12,7 @@ Shapes: n elements of a slice of a parameter, b = n / 2048 blocks.
 import collections
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from minibooth.dreambooth.parallel import shard
 
 SIGNED = {"exp_avg": True, "exp_avg_sq": False}  # the two moments
 BLOCK, SMALLEST = 2048, 4096  # elements that share a scale; elements of the smallest parameter with moments in 8 bits
+STRIDE = 0x9E3779B1 - (1 << 32)  # between the keys of one step and the next: far, all 2^32 in turn
 SLICE = collections.defaultdict(lambda: 1 << 20, cpu=1 << 18)  # elements updated at a time: worth a launch; within a cache
 
 
@@ -37,15 +39,20 @@ class AdamW(torch.optim.Optimizer):
         self, groups: Any, betas: tuple[float, float], epsilon: float, decay: float, eight_bit: bool = False, seed: int = 0
     ):
         super().__init__(groups, dict(lr=0.0, betas=betas, eps=epsilon, weight_decay=decay))
-        self.eight_bit, self.seed = eight_bit, seed
-        self.kernel: Callable[..., None] = update  # may be compiled
-        self.numbers = {p: n for n, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        self.eight_bit = eight_bit
+        self.kernel: Callable[..., None] = update
+        numbered = enumerate(p for group in self.param_groups for p in group["params"])
+        self.keys = {p: generator(seed, "rounding", number).initial_seed() >> 2 for number, p in numbered}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
             self.advance([p for p in group["params"] if p.grad is not None], group)
+
+    def compile(self) -> None:
+        """From now on an update is few kernels: one graph for all slices, rates and steps."""
+        self.kernel = torch.compile(update, fullgraph=True, dynamic=True)
 
     def step_in_backward(self) -> None:
         """From now on update a parameter, and drop its gradient, as soon as that is whole."""
@@ -65,7 +72,7 @@ class AdamW(torch.optim.Optimizer):
         dtype = torch.uint8 if eight else torch.float32
         state = {name: torch.zeros_like(p, dtype=dtype) for name in SIGNED}
         scales = {f"{name}_scale": torch.zeros(p.numel() // BLOCK, device=p.device) for name in SIGNED if eight}
-        return state | scales | {"step": torch.zeros((), device=p.device if p.dtype == dtype else "cpu")}
+        return state | scales | {"step": torch.zeros((), device=p.device)}
 
     def advance(self, parameters: Sequence[Any], group: dict[str, Any]) -> None:
         """One step of some of a group's parameters: by torch's own kernel, the fastest there, of those all in fp32."""
@@ -74,19 +81,18 @@ class AdamW(torch.optim.Optimizer):
         for p in parameters:
             state = self.state[p] = self.state[p] or self.fresh(p)
             kinds[state["exp_avg"].dtype == p.dtype].append(p)
+        if steps := [self.state[p]["step"] for p in parameters]:
+            torch._foreach_add_(steps, 1)
         if plain := kinds[True]:
             first, second, steps = ([self.state[p][name] for p in plain] for name in (*SIGNED, "step"))
-            torch._foreach_add_(steps, 1)
             how = dict(lr=rate, beta1=beta1, beta2=beta2, weight_decay=decay, eps=epsilon, amsgrad=False, maximize=False)
             torch._fused_adamw_(plain, [p.grad for p in plain], first, second, [], steps, **how)
         for p in kinds[False]:
-            self.state[p]["step"] += 1
-            step, size = int(self.state[p]["step"]), SLICE[p.device.type]
-            key = generator(self.seed, "rounding", step, self.numbers[p]).initial_seed() >> 2
-            now = rate / (1 - beta1**step), (1 - beta2**step) ** 0.5, 1 - rate * decay, beta1, beta2, epsilon
+            size, key = SLICE[p.device.type], self.keys[p]
+            how = self.state[p]["step"], rate, decay, beta1, beta2, epsilon
             slices = p.view(-1).split(size), p.grad.view(-1).split(size), *(self.slices(p, name, size) for name in SIGNED)
             for number, slice in enumerate(zip(*slices, strict=True)):
-                self.kernel(*slice, *now, key + number * size)
+                self.kernel(*slice, *how, key + number * size)
 
     def slices(self, p: Tensor, name: str, size: int) -> Iterator[tuple[Tensor, ...]]:
         """A moment in slices, each as `update` takes it."""
@@ -98,25 +104,26 @@ class AdamW(torch.optim.Optimizer):
 
 def update(
     p: Tensor, g: Tensor, first: tuple[Tensor, ...], second: tuple[Tensor, ...],
-    rate: float, root: float, keep: float, beta1: float, beta2: float, epsilon: float, key: int,
+    step: Tensor, rate: float | Tensor, decay: float, beta1: float, beta2: float, epsilon: float, key: int,
 ) -> None:  # fmt: skip
-    """A step of a slice p [n] by its gradient g [n], in place; fit for torch.compile.
+    """A step, the `step`-th, of a slice p [n] by its gradient g [n], in place; fit for torch.compile, and for a CUDA graph.
 
-    Moments are (values [n],) or (codes [n], scales [b], *code). `rate` and `root` hold the corrections of their bias: the
-    learning rate / (1 - beta1^step) and sqrt(1 - beta2^step); `keep` is what weight decay leaves.
+    Moments are (values [n],) or (codes [n], scales [b], *code).
     """
     weight, g, m, v = p.float(), g.float(), decoded(*first), decoded(*second)
+    seen, seen2 = (-torch.expm1(step * math.log(max(beta, 1e-300))) for beta in (beta1, beta2))  # 1 - beta^step
     m.lerp_(g, 1 - beta1)
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    weight.mul_(keep).sub_(m.div(v.sqrt().div_(root).add_(epsilon)).mul_(rate))  # as a `value`, it would be compiled in
+    weight.mul_(1 - rate * decay).sub_(m.div(v.sqrt().div_(seen2.sqrt()).add_(epsilon)).mul_(rate / seen))
     if p.dtype == torch.bfloat16:  # the upper half of fp32's bits
-        p.view(torch.int16).copy_((weight.view(torch.int32) + random_bits(p, key)).bitwise_right_shift_(16))
+        bits = random_bits(p, step.int() * STRIDE + key)
+        p.view(torch.int16).copy_((weight.view(torch.int32) + bits).bitwise_right_shift_(16))
     encode(m, *first)
     encode(v, *second)
 
 
-def random_bits(like: Tensor, key: int) -> Tensor:
-    """16 random bits for each element [n], int32: a hash of key + place, 0 to 2^31, so the same on every device.
+def random_bits(like: Tensor, key: int | Tensor) -> Tensor:
+    """16 random bits for each element [n], int32: a hash of key + place, 32 bits of it, so the same on every device.
 
     The hash is triple32 of github.com/skeeto/hash-prospector, up to its last multiplication.
     """

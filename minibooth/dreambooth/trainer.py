@@ -110,11 +110,10 @@ class Trainer:
         self.optimizer = AdamW(groups, betas, s.adam_epsilon, s.adam_weight_decay, s.use_8bit_adam, self.seed)
         if s.fused_backward_pass:
             self.optimizer.step_in_backward()
-        if self.ranks.shards == 1 and compiling.compilable(s, self.device):
+        if compiling.compilable(s, self.device, pays=self.device.type == "cuda" and (s.use_8bit_adam or s.full_bf16)):
             self.compile()
-        told = s.use_8bit_adam or s.full_bf16 or self.dtype == torch.float16  # numbers by the host, which a graph cannot be
-        hooked = s.gradient_checkpointing or s.fused_backward_pass  # not seen as a graph yet
-        if self.ranks.count == 1 and not told and not hooked and compiling.replayable(s, self.device):
+        scaled = self.dtype == torch.float16  # an update that overflowed is left out, as the host decides
+        if self.ranks.count == 1 and not scaled and compiling.replayable(s, self.device):
             for group in self.optimizer.param_groups:
                 group["lr"] = torch.zeros((), device=self.device)
             self.update = compiling.Graph(self.update)  # type: ignore[method-assign]
@@ -126,12 +125,14 @@ class Trainer:
         self.encode()
 
     def compile(self) -> None:
-        """From now on a step is few graphs: a text encoder, where it trains; add noise, ask the UNet, compare; the update."""
+        """From now on the update is few kernels; with `--compile on` so are a text encoder that trains, and the objective."""
+        self.optimizer.compile()
+        if self.settings.compile != "on":
+            return
         torch._dynamo.config.optimize_ddp = not self.settings.gradient_checkpointing  # it cannot cut such a graph
         for name in self.trained.keys() & self.weights.texts:
             getattr(self.pipe, name).compile(fullgraph=True, dynamic=False)
         self.objective = torch.compile(self.objective, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
-        self.optimizer.kernel = torch.compile(self.optimizer.kernel, fullgraph=True, dynamic=True)
 
     @torch.no_grad()
     def encode(self) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -72,6 +73,8 @@ class Weights:
                 lora.attach(network.train(), self.lora[name], kept)
             elif full and self.resumed:
                 network.load_state_dict(dict(files.weights_of(self.resumed / name, COMPONENTS[name].stem)))
+            if trains and dtype != torch.float32:
+                normalise_as_given(network)
             if trains and self.settings.gradient_checkpointing:
                 recompute_activations(network, dropout=self.settings.lora_dropout > 0)
 
@@ -161,3 +164,20 @@ def recompute_activations(network: nn.Module, dropout: bool = False) -> None:
     for part in (*parts, *(block for stack in stacks if len(stack) > 1 for block in stack)):
         forward = functools.partial(checkpoint, part.forward, use_reentrant=False, preserve_rng_state=dropout)
         part.forward = forward  # type: ignore[method-assign]
+
+
+def normalise_as_given(network: nn.Module) -> None:
+    """GroupNorm and LayerNorm in their input's precision, where autocast would do all of it in fp32: their kernels take only
+    the means in that, which is all that needs it, and so move half of the bytes and keep half for the backward pass.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+            module.forward = functools.partial(normalised, module)  # type: ignore[method-assign]
+
+
+def normalised(norm: nn.GroupNorm | nn.LayerNorm, x: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
+        if isinstance(norm, nn.GroupNorm):
+            return F.group_norm(x, norm.num_groups, weight, bias, norm.eps)
+        return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)

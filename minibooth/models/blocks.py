@@ -104,9 +104,9 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(width)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        x = x + self.attn1(self.norm1(x).to(x.dtype), context if self.cross else None)  # not by autocast, for q, k and v each
-        x = x + self.attn2(self.norm2(x).to(x.dtype), context)
-        return x + self.ff(self.norm3(x).to(x.dtype))
+        x = x + self.attn1(self.norm1(x), context if self.cross else None)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
 
 
 class Transformer(nn.Module):
