@@ -175,7 +175,7 @@ def draws(s: Settings, name: str, dtype: torch.dtype, steps: int) -> Step:
     for network in (pipe.unet, pipe.vae, pipe.text_encoder):
         network.to(s.device)
     if mine:
-        pipe.unet.forward = compiling.faster(pipe.unet.forward, s, torch.device(s.device))
+        compiling.draw_faster(pipe, s, torch.device(s.device))
     elif s.compile == "on":
         pipe.unet.compile()
 

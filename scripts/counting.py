@@ -32,8 +32,7 @@ from minibooth.dreambooth.settings import Settings
 from minibooth.dreambooth.weights import recompute_activations
 from minibooth.models import lora
 
-PRODUCTS = "conv2d", "linear", "scaled_dot_product_attention"  # what autocast does in bf16, and what in fp32
-NORMS = "group_norm", "layer_norm"
+IN_BF16 = "conv2d", "linear", "scaled_dot_product_attention", "group_norm", "layer_norm"
 
 
 def described(folder: Path) -> Source:
@@ -124,14 +123,14 @@ def floor(s: Settings, dtype: torch.dtype) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def gpu_kernels(norms: torch.dtype) -> Iterator[None]:
-    """What a GPU would run, on meta: products in bf16, normalisations in `norms`, and flash attention."""
+def gpu_kernels() -> Iterator[None]:
+    """What a GPU would run, on meta: products and normalisations in bf16, and flash attention."""
 
-    def cast(name: str, dtype: torch.dtype) -> Any:
+    def cast(name: str) -> Any:
         function = {"scaled_dot_product_attention": flash}.get(name, getattr(F, name))
 
         def chosen(*args: Any, **options: Any) -> Tensor:
-            return function(*(x.to(dtype) if isinstance(x, Tensor) else x for x in args), **options)
+            return function(*(x.to(torch.bfloat16) if isinstance(x, Tensor) else x for x in args), **options)
 
         return mock.patch.object(F, name, chosen)
 
@@ -139,8 +138,8 @@ def gpu_kernels(norms: torch.dtype) -> Iterator[None]:
         return torch.ops.aten._scaled_dot_product_flash_attention(*args, is_causal=is_causal)[0]
 
     with contextlib.ExitStack() as stack:
-        for name in (*PRODUCTS, *NORMS):
-            stack.enter_context(cast(name, torch.bfloat16 if name in PRODUCTS else norms))
+        for name in IN_BF16:
+            stack.enter_context(cast(name))
         yield
 
 
@@ -171,7 +170,7 @@ class Held(TorchDispatchMode):
 def memory(s: Settings) -> dict[str, float]:
     """GiB: weights, moments, what a step needs besides (gradients, activations, what the update takes), and the peak."""
     found, kept = networks(s), torch.bfloat16 if s.full_bf16 else torch.float32
-    with Held() as held, gpu_kernels(norms=kept):
+    with Held() as held, gpu_kernels():
         for network in found.values():
             network.to(kept)
         weights = sum(p.nbytes for network in found.values() for p in network.parameters())

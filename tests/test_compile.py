@@ -18,8 +18,12 @@ from minibooth.diffusion.scheduler import DDPMScheduler
 from minibooth.dreambooth import compiling
 from minibooth.dreambooth.objective import dreambooth_loss
 from minibooth.dreambooth.optimizer import BLOCK, code, update
+from minibooth.dreambooth.parallel import BLOCKS
 from minibooth.dreambooth.settings import Settings
+from minibooth.dreambooth.weights import recompute_activations
 from minibooth.models import ops
+from minibooth.models.config import UNetConfig
+from minibooth.models.unet import UNet
 
 SIDES = {64: (320, 640, 960), 32: (320, 640, 960, 1280, 1920), 16: (640, 1280, 1920, 2560), 8: (1280, 2560)}
 SHAPES = [(channels, side) for side, each in SIDES.items() for channels in each]  # all of Stable Diffusion 1.4's at 512 pixels
@@ -133,12 +137,13 @@ def test_the_update_has_its_eager_numbers():
     assert counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("more", [{}, {"train_text_encoder": True, "gradient_checkpointing": True, "snr_gamma": 5.0}])
-def test_a_compiled_run_is_the_eager_one(more, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kinds, close, more", [
+    (9, 1e-5, {}), (10, 1e-5, {"train_text_encoder": True, "gradient_checkpointing": True, "snr_gamma": 5.0}),
+    (9, 2e-3, {"mixed_precision": "bf16"}),
+])  # fmt: skip
+def test_a_compiled_run_is_the_eager_one(kinds, close, more, tmp_path, monkeypatch):
     """As graphs of PyTorch's own operations: no breaks, nothing compiled after the first step, files with the same names."""
-    whole, in_place = torch.compile, nn.Module.compile
-    monkeypatch.setattr(torch, "compile", functools.partial(whole, backend="aot_eager"))
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: in_place(self, backend="aot_eager", **how))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     losses, left = {}, {}
     for mode in ("off", "on"):
         run = trainer(small(tmp_path, compile=mode, output_dir=str(tmp_path / mode), **with_class(tmp_path), **more))
@@ -149,12 +154,32 @@ def test_a_compiled_run_is_the_eager_one(more, tmp_path, monkeypatch):
         losses[mode] += [run.step(step)["loss"] for step in (1, 2)]
         run.save_checkpoint(3)
         left[mode] = weights(tmp_path / mode / "checkpoint-3")
-    assert graphs == counters["stats"]["unique_graphs"] == (2 if more else 1)
+    assert graphs == counters["stats"]["unique_graphs"] == kinds
     assert not counters["graph_break"]
-    assert losses["on"] == pytest.approx(losses["off"], rel=1e-5)
+    assert losses["on"] == pytest.approx(losses["off"], rel=close)
     assert left["on"].keys() == left["off"].keys()
     assert len({*losses["on"]}) == 3
-    assert max(error(left["on"][name], left["off"][name]) for name in left["on"]) < 1e-4
+    assert max(error(left["on"][name], left["off"][name]) for name in left["on"]) < 30 * close  # as the first steps of Adam have it
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_blocks_that_are_alike_are_compiled_once(recomputed, tmp_path, monkeypatch):
+    """Of the 38 in Stable Diffusion 1.4's UNet there are 18 kinds at 512 pixels."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=count))
+    with torch.device("meta"):
+        unet = UNet(UNetConfig(cross_attention_dim=768))
+        if recomputed:
+            recompute_activations(unet)
+        compiling.blocks(unet)
+        unet(torch.empty(8, 4, 64, 64), torch.empty(8, dtype=torch.long), torch.empty(8, 77, 768)).sum().backward()
+    assert len([part for part in unet.modules() if isinstance(part, BLOCKS)]) == 38
+    assert len(graphs) == 18
 
 
 def test_without_a_compiler_it_is_said_in_a_line(monkeypatch, capsys):

@@ -151,8 +151,6 @@ class Settings:
             "--fused_backward_pass never has all gradients at once, to clip them: add --max_grad_norm 0":
                 once and self.max_grad_norm,
             "--fused_backward_pass keeps no gradients to accumulate: take a larger --train_batch_size": once and accumulated,
-            "--compile on makes one graph of a step, and --parallel fsdp parts: leave it out":
-                self.compile == "on" and self.parallel == "fsdp",
             "--fused_backward_pass cannot take back an update that overflowed in fp16: use --mixed_precision bf16":
                 once and self.mixed_precision == "fp16",
         }  # fmt: skip

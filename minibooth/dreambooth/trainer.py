@@ -99,11 +99,13 @@ class Trainer:
         if s.with_prior_preservation and self.prior.missing:
             self.ranks.wait()  # until all know what is missing
             pipe = load(self.pipe.source, self.prior_dtype, self.device)
-            pipe.unet.forward = compiling.faster(pipe.unet.forward, s, self.device)  # type: ignore[method-assign]
+            compiling.draw_faster(pipe, s, self.device)
             self.prior.draw(pipe, self.ranks.number, self.ranks.count)
             del pipe
             self.ranks.wait()
         self.weights.place(self.device, self.dtype)
+        if self.ranks.shards == 1 and not s.use_8bit_adam and not s.full_bf16:  # those count in a weight's usual order
+            compiling.channels_last(self.pipe.unet, self.device)
         self.networks = self.ranks.join(self.trained, self.dtype)
         groups = self.weights.groups()
         betas = s.adam_beta1, s.adam_beta2
@@ -125,14 +127,11 @@ class Trainer:
         self.encode()
 
     def compile(self) -> None:
-        """From now on the update is few kernels; with `--compile on` so are a text encoder that trains, and the objective."""
+        """From now on the update is few kernels; with `--compile on` so are the blocks of what trains."""
         self.optimizer.compile()
-        if self.settings.compile != "on":
-            return
-        torch._dynamo.config.optimize_ddp = not self.settings.gradient_checkpointing  # it cannot cut such a graph
-        for name in self.trained.keys() & self.weights.texts:
-            getattr(self.pipe, name).compile(fullgraph=True, dynamic=False)
-        self.objective = torch.compile(self.objective, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
+        if self.settings.compile == "on":
+            for network in self.trained.values():
+                compiling.blocks(network)
 
     @torch.no_grad()
     def encode(self) -> None:

@@ -153,17 +153,41 @@ class Weights:
         return {f"ss_{key}": str(value) for key, value in told.items()}
 
 
-def recompute_activations(network: nn.Module, dropout: bool = False) -> None:
-    """Gradient checkpointing (Chen et al. 2016) from outside: these parts forget what they computed and do it again, with the
-    same random numbers if there is `dropout`.
+class Recomputed(nn.Module):
+    """A part that forgets what it computed and does it again: gradient checkpointing, Chen et al. 2016."""
 
-    So do the blocks of a deep transformer (XL's have up to ten) when their time comes, one after the other.
+    dropout = False  # whether it takes random numbers, the same again
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return checkpoint(super().forward, *args, use_reentrant=False, preserve_rng_state=self.dropout)
+
+
+@functools.cache
+def recomputed(kind: type[nn.Module], dropout: bool) -> type[nn.Module]:
+    return type(kind.__name__, (Recomputed, kind), {"dropout": dropout})
+
+
+def recompute_activations(network: nn.Module, dropout: bool = False) -> None:
+    """Put gradient checkpointing on from outside.
+
+    The blocks of a deep transformer (XL's have up to ten) do it, too, when their time comes, one after the other.
     """
     parts = [part for part in network.modules() if isinstance(part, BLOCKS)]
     stacks = [part.transformer_blocks for part in parts if isinstance(part, Transformer)]
     for part in (*parts, *(block for stack in stacks if len(stack) > 1 for block in stack)):
-        forward = functools.partial(checkpoint, part.forward, use_reentrant=False, preserve_rng_state=dropout)
-        part.forward = forward  # type: ignore[method-assign]
+        part.__class__ = recomputed(type(part), dropout)
+
+
+class GroupNorm(nn.GroupNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 def normalise_as_given(network: nn.Module) -> None:
@@ -171,13 +195,6 @@ def normalise_as_given(network: nn.Module) -> None:
     the means in that, which is all that needs it, and so move half of the bytes and keep half for the backward pass.
     """
     for module in network.modules():
-        if isinstance(module, nn.GroupNorm | nn.LayerNorm):
-            module.forward = functools.partial(normalised, module)  # type: ignore[method-assign]
-
-
-def normalised(norm: nn.GroupNorm | nn.LayerNorm, x: Tensor) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):
-        weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
-        if isinstance(norm, nn.GroupNorm):
-            return F.group_norm(x, norm.num_groups, weight, bias, norm.eps)
-        return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
+        for kind in (GroupNorm, LayerNorm):
+            if type(module) is kind.__base__:
+                module.__class__ = kind
