@@ -159,7 +159,9 @@ def test_a_compiled_run_is_the_eager_one(kinds, close, more, tmp_path, monkeypat
     assert losses["on"] == pytest.approx(losses["off"], rel=close)
     assert left["on"].keys() == left["off"].keys()
     assert len({*losses["on"]}) == 3
-    assert max(error(left["on"][name], left["off"][name]) for name in left["on"]) < 30 * close  # as the first steps of Adam have it
+    assert (
+        max(error(left["on"][name], left["off"][name]) for name in left["on"]) < 30 * close
+    )  # as the first steps of Adam have it
 
 
 @pytest.mark.parametrize("recomputed", [False, True])
@@ -189,6 +191,8 @@ def test_without_a_compiler_it_is_said_in_a_line(monkeypatch, capsys):
     assert capsys.readouterr().out == "not compiled, for lack of no-such-compiler: every step takes longer\n"
     monkeypatch.setattr(compiling.shutil, "which", lambda name: name)
     assert compiling.compilable(Settings(compile="on"), torch.device("cpu"))
+    pays = [compiling.compilable(Settings(compile=choice), torch.device("cpu"), pays=True) for choice in ("auto", "off")]
+    assert pays == [True, False]
 
 
 def test_a_gpu_replays_unless_told_not_to():

@@ -1,5 +1,6 @@
 """A run repeats itself bit for bit, however often it is stopped, watched or cut into smaller batches."""
 
+import copy
 import errno
 import json
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from comparing import error, normals
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_run import flags, metrics, only, same_bits, small, tiny, train, trainer, weights, with_class
@@ -22,6 +24,7 @@ import minibooth
 from minibooth.dreambooth import optimizer, stages
 from minibooth.dreambooth import trainer as module
 from minibooth.dreambooth.settings import Settings
+from minibooth.dreambooth.weights import normalise_as_given
 from minibooth.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -431,7 +434,7 @@ def test_saving_memory_costs_no_loss(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("full", [True, False])
 def test_full_bf16_needs_no_autocast(full, tmp_path):
-    """Which would do normalisations in fp32; masters in fp32 do need it."""
+    """Masters in fp32 do."""
     lean = {"mixed_precision": "bf16", "full_bf16": full, "train_text_encoder": True}
     run, seen = trainer(small(tmp_path, **lean)), set()
 
@@ -445,6 +448,28 @@ def test_full_bf16_needs_no_autocast(full, tmp_path):
                 part.register_forward_hook(look)
     run.losses(*run.batch(0))
     assert seen == {(torch.bfloat16, False)} if full else (torch.bfloat16, True) in seen
+
+
+def test_norms_stay_in_their_inputs_precision():
+    """Under autocast, which would do them in fp32, and to bf16's three digits in its numbers; in fp32 nothing changes."""
+    norms = torch.nn.ModuleDict({"group": torch.nn.GroupNorm(4, 16), "layer": torch.nn.LayerNorm(8)})
+    for seed, p in enumerate(norms.parameters()):
+        p.data = normals(*p.shape, seed=seed)
+    ours = copy.deepcopy(norms)
+    normalise_as_given(ours)
+    x = normals(2, 16, 4, 8)
+    for name in norms:
+        assert torch.equal(ours[name](x), norms[name](x))
+        with torch.autocast("cpu", torch.bfloat16):
+            found = ours[name](x.bfloat16())
+        assert found.dtype == torch.bfloat16
+        expected = norms[name](x.bfloat16().float())
+        assert error(found.float(), expected) < 2**-7
+        for y in (found.float(), expected):
+            y.square().sum().backward()
+        for p, theirs in zip(ours[name].parameters(), norms[name].parameters(), strict=True):
+            assert p.grad.dtype == torch.float32 and error(p.grad, theirs.grad) < 2**-5
+    assert ours.state_dict().keys() == norms.state_dict().keys()
 
 
 def test_metrics_tell_the_parts_of_the_loss(tmp_path):

@@ -1,7 +1,6 @@
 """Speed put on from outside: a GPU's kernels started together; torch.compile, which keeps what it made for a second run.
 
-What is compiled are the networks' blocks: many are alike, so that a fraction of the whole is compiled, and first steps come
-in a minute rather than in ten.
+What is compiled are the networks' blocks: many are alike, and each kind is compiled once.
 """
 
 import importlib.util

@@ -89,10 +89,10 @@ class AdamW(torch.optim.Optimizer):
             torch._fused_adamw_(plain, [p.grad for p in plain], first, second, [], steps, **how)
         for p in kinds[False]:
             size, key = SLICE[p.device.type], self.keys[p]
-            how = self.state[p]["step"], rate, decay, beta1, beta2, epsilon
+            told = self.state[p]["step"], rate, decay, beta1, beta2, epsilon
             slices = p.view(-1).split(size), p.grad.view(-1).split(size), *(self.slices(p, name, size) for name in SIGNED)
             for number, slice in enumerate(zip(*slices, strict=True)):
-                self.kernel(*slice, *how, key + number * size)
+                self.kernel(*slice, *told, key + number * size)
 
     def slices(self, p: Tensor, name: str, size: int) -> Iterator[tuple[Tensor, ...]]:
         """A moment in slices, each as `update` takes it."""

@@ -92,7 +92,7 @@ class Settings:
     allow_tf32: bool = flag(False, "TF32 matrix products on Ampere and later GPUs")
     compile: str = flag(
         "auto",
-        "auto: a GPU starts a step's kernels as one graph; on: they are compiled, too; off",
+        "auto: a GPU starts a step's kernels as one graph; on: the networks' blocks are compiled, too; off",
         choices=("auto", "on", "off"),
     )
     device: str | None = flag(None, "cuda, mps or cpu; the best there")

@@ -163,7 +163,7 @@ class Recomputed(nn.Module):
 
 
 @functools.cache
-def recomputed(kind: type[nn.Module], dropout: bool) -> type[nn.Module]:
+def recomputed(kind: Any, dropout: bool) -> Any:
     return type(kind.__name__, (Recomputed, kind), {"dropout": dropout})
 
 
@@ -172,10 +172,10 @@ def recompute_activations(network: nn.Module, dropout: bool = False) -> None:
 
     The blocks of a deep transformer (XL's have up to ten) do it, too, when their time comes, one after the other.
     """
-    parts = [part for part in network.modules() if isinstance(part, BLOCKS)]
+    parts: list[Any] = [part for part in network.modules() if isinstance(part, BLOCKS)]
     stacks = [part.transformer_blocks for part in parts if isinstance(part, Transformer)]
     for part in (*parts, *(block for stack in stacks if len(stack) > 1 for block in stack)):
-        part.__class__ = recomputed(type(part), dropout)
+        part.__class__ = recomputed(type(part), dropout)  # type: ignore[arg-type]
 
 
 class GroupNorm(nn.GroupNorm):
@@ -190,11 +190,12 @@ class LayerNorm(nn.LayerNorm):
             return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
+AS_GIVEN: dict[type, type] = {nn.GroupNorm: GroupNorm, nn.LayerNorm: LayerNorm}
+
+
 def normalise_as_given(network: nn.Module) -> None:
     """GroupNorm and LayerNorm in their input's precision, where autocast would do all of it in fp32: their kernels take only
     the means in that, which is all that needs it, and so move half of the bytes and keep half for the backward pass.
     """
     for module in network.modules():
-        for kind in (GroupNorm, LayerNorm):
-            if type(module) is kind.__base__:
-                module.__class__ = kind
+        module.__class__ = AS_GIVEN.get(type(module), type(module))
