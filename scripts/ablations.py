@@ -249,7 +249,7 @@ def main() -> None:
                  for name, (label, changes) in product(args.subjects, TABLES[key].items())]  # fmt: skip
         sheets = [labelled(path, words) for words, folder in first if (path := folder / "sheet.png").exists()]
         if sheets:
-            save_png(grid(sheets, 1), args.out / f"{key}.png", {})
+            save_png(grid(sheets, 1).quantize(), args.out / f"{key}.png", {})  # 256 colours: a third of the bytes
 
 
 if __name__ == "__main__":
