@@ -8,6 +8,7 @@ Shapes: B subject samples a step (2B rows with prior preservation), Z latent cha
 
 import contextlib
 import dataclasses
+import gc
 import json
 import math
 import secrets
@@ -102,6 +103,7 @@ class Trainer:
             compiling.draw_faster(pipe, s, self.device)
             self.prior.draw(pipe, self.ranks.number, self.ranks.count)
             del pipe
+            gc.collect()  # its UNet holds what was made of it, and that the UNet
             self.ranks.wait()
         self.weights.place(self.device, self.dtype)
         if self.ranks.shards == 1 and not s.use_8bit_adam and not s.full_bf16:  # those count in a weight's usual order
