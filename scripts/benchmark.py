@@ -51,7 +51,7 @@ from torch import Tensor
 import minibooth
 from minibooth import command, train
 from minibooth.command import DTYPES
-from minibooth.dreambooth import compiling
+from minibooth.dreambooth import speed
 from minibooth.dreambooth.parallel import Ranks
 from minibooth.dreambooth.prior import DRAWING
 from minibooth.dreambooth.settings import Settings
@@ -175,7 +175,7 @@ def draws(s: Settings, name: str, dtype: torch.dtype, steps: int) -> Step:
     for network in (pipe.unet, pipe.vae, pipe.text_encoder):
         network.to(s.device)
     if mine:
-        compiling.draw_faster(pipe, s, torch.device(s.device))
+        speed.draw_faster(pipe, s, torch.device(s.device))
     elif s.compile == "on":
         pipe.unet.compile()
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from minibooth.checkpoint import files
 from minibooth.diffusion.scheduler import DDPMScheduler
-from minibooth.dreambooth.compiling import Graph
+from minibooth.dreambooth.speed import Graph
 from minibooth.models.tokenizer import END, START
 
 CLASSES = {

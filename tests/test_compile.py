@@ -15,7 +15,7 @@ from torch._inductor import async_compile, metrics
 from minibooth.diffusion import samplers
 from minibooth.diffusion.images import to_tensor
 from minibooth.diffusion.scheduler import DDPMScheduler
-from minibooth.dreambooth import compiling
+from minibooth.dreambooth import speed
 from minibooth.dreambooth.objective import dreambooth_loss
 from minibooth.dreambooth.optimizer import BLOCK, code, update
 from minibooth.dreambooth.parallel import BLOCKS
@@ -178,7 +178,7 @@ def test_blocks_that_are_alike_are_compiled_once(recomputed, tmp_path, monkeypat
         unet = UNet(UNetConfig(cross_attention_dim=768))
         if recomputed:
             recompute_activations(unet)
-        compiling.blocks(unet)
+        speed.blocks(unet)
         unet(torch.empty(8, 4, 64, 64), torch.empty(8, dtype=torch.long), torch.empty(8, 77, 768)).sum().backward()
     assert len([part for part in unet.modules() if isinstance(part, BLOCKS)]) == 38
     assert len(graphs) == 18
@@ -186,19 +186,19 @@ def test_blocks_that_are_alike_are_compiled_once(recomputed, tmp_path, monkeypat
 
 def test_without_a_compiler_it_is_said_in_a_line(monkeypatch, capsys):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    decided = [compiling.compilable(Settings(compile=choice), torch.device("cpu")) for choice in ("on", "auto", "off")]
+    decided = [speed.compilable(Settings(compile=choice), torch.device("cpu")) for choice in ("on", "auto", "off")]
     assert decided == [False, False, False]
     assert capsys.readouterr().out == "not compiled, for lack of no-such-compiler: every step takes longer\n"
-    monkeypatch.setattr(compiling.shutil, "which", lambda name: name)
-    assert compiling.compilable(Settings(compile="on"), torch.device("cpu"))
-    pays = [compiling.compilable(Settings(compile=choice), torch.device("cpu"), pays=True) for choice in ("auto", "off")]
+    monkeypatch.setattr(speed.shutil, "which", lambda name: name)
+    assert speed.compilable(Settings(compile="on"), torch.device("cpu"))
+    pays = [speed.compilable(Settings(compile=choice), torch.device("cpu"), pays=True) for choice in ("auto", "off")]
     assert pays == [True, False]
 
 
 def test_a_gpu_replays_unless_told_not_to():
     devices = [torch.device(name) for name in ("cuda", "cpu", "mps")]
     for choice, there in (("auto", True), ("on", True), ("off", False)):
-        assert [compiling.replayable(Settings(compile=choice), each) for each in devices] == [there, False, False]
+        assert [speed.replayable(Settings(compile=choice), each) for each in devices] == [there, False, False]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

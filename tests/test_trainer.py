@@ -1,6 +1,5 @@
 """A run repeats itself bit for bit, however often it is stopped, watched or cut into smaller batches."""
 
-import copy
 import errno
 import functools
 import gc
@@ -17,7 +16,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from comparing import error, normals
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_run import flags, metrics, only, same_bits, small, tiny, train, trainer, weights, with_class
@@ -26,7 +24,6 @@ import minibooth
 from minibooth.dreambooth import optimizer, stages
 from minibooth.dreambooth import trainer as module
 from minibooth.dreambooth.settings import Settings
-from minibooth.dreambooth.weights import normalise_as_given
 from minibooth.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -348,7 +345,7 @@ def test_networks_leave_memory_once_they_have_done_their_part(tmp_path, monkeypa
         pipe.unet.forward = functools.partial(pipe.unet.forward)
         done.append(weakref.ref(pipe.unet))
 
-    monkeypatch.setattr(module.compiling, "draw_faster", draw_faster)
+    monkeypatch.setattr(module.speed, "draw_faster", draw_faster)
     gc.disable()
     try:
         run.prepare()
@@ -462,28 +459,6 @@ def test_full_bf16_needs_no_autocast(full, tmp_path):
                 part.register_forward_hook(look)
     run.losses(*run.batch(0))
     assert seen == {(torch.bfloat16, False)} if full else (torch.bfloat16, True) in seen
-
-
-def test_norms_stay_in_their_inputs_precision():
-    """Under autocast, which would do them in fp32, and to bf16's three digits in its numbers; in fp32 nothing changes."""
-    norms = torch.nn.ModuleDict({"group": torch.nn.GroupNorm(4, 16), "layer": torch.nn.LayerNorm(8)})
-    for seed, p in enumerate(norms.parameters()):
-        p.data = normals(*p.shape, seed=seed)
-    ours = copy.deepcopy(norms)
-    normalise_as_given(ours)
-    x = normals(2, 16, 4, 8)
-    for name in norms:
-        assert torch.equal(ours[name](x), norms[name](x))
-        with torch.autocast("cpu", torch.bfloat16):
-            found = ours[name](x.bfloat16())
-        assert found.dtype == torch.bfloat16
-        expected = norms[name](x.bfloat16().float())
-        assert error(found.float(), expected) < 2**-7
-        for y in (found.float(), expected):
-            y.square().sum().backward()
-        for p, theirs in zip(ours[name].parameters(), norms[name].parameters(), strict=True):
-            assert p.grad.dtype == torch.float32 and error(p.grad, theirs.grad) < 2**-5
-    assert ours.state_dict().keys() == norms.state_dict().keys()
 
 
 def test_metrics_tell_the_parts_of_the_loss(tmp_path):

@@ -29,7 +29,7 @@ from minibooth.diffusion import load
 from minibooth.diffusion.images import grid, save_png
 from minibooth.diffusion.noise import generator, seeded
 from minibooth.diffusion.text_to_image import Condition
-from minibooth.dreambooth import compiling, report, stages
+from minibooth.dreambooth import report, speed, stages
 from minibooth.dreambooth.data import find_pictures
 from minibooth.dreambooth.identifier import doubts
 from minibooth.dreambooth.journal import Journal
@@ -100,27 +100,27 @@ class Trainer:
         if s.with_prior_preservation and self.prior.missing:
             self.ranks.wait()  # until all know what is missing
             pipe = load(self.pipe.source, self.prior_dtype, self.device)
-            compiling.draw_faster(pipe, s, self.device)
+            speed.draw_faster(pipe, s, self.device)
             self.prior.draw(pipe, self.ranks.number, self.ranks.count)
             del pipe
             gc.collect()  # its UNet holds what was made of it, and that the UNet
             self.ranks.wait()
         self.weights.place(self.device, self.dtype)
         if self.ranks.shards == 1 and not s.use_8bit_adam and not s.full_bf16:  # those count in a weight's usual order
-            compiling.channels_last(self.pipe.unet, self.device)
+            speed.channels_last(self.pipe.unet, self.device)
         self.networks = self.ranks.join(self.trained, self.dtype)
         groups = self.weights.groups()
         betas = s.adam_beta1, s.adam_beta2
         self.optimizer = AdamW(groups, betas, s.adam_epsilon, s.adam_weight_decay, s.use_8bit_adam, self.seed)
         if s.fused_backward_pass:
             self.optimizer.step_in_backward()
-        if compiling.compilable(s, self.device, pays=self.device.type == "cuda" and (s.use_8bit_adam or s.full_bf16)):
+        if speed.compilable(s, self.device, pays=self.device.type == "cuda" and (s.use_8bit_adam or s.full_bf16)):
             self.compile()
         scaled = self.dtype == torch.float16  # an update that overflowed is left out, as the host decides
-        if self.ranks.count == 1 and not scaled and compiling.replayable(s, self.device):
+        if self.ranks.count == 1 and not scaled and speed.replayable(s, self.device):
             for group in self.optimizer.param_groups:
                 group["lr"] = torch.zeros((), device=self.device)
-            self.update = compiling.Graph(self.update)  # type: ignore[method-assign]
+            self.update = speed.Graph(self.update)  # type: ignore[method-assign]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         if self.resumed:
             restore(self.optimizer, self.trained, files.Tensors([self.resumed / "optimizer.safetensors"]))
@@ -133,7 +133,7 @@ class Trainer:
         self.optimizer.compile()
         if self.settings.compile == "on":
             for network in self.trained.values():
-                compiling.blocks(network)
+                speed.blocks(network)
 
     @torch.no_grad()
     def encode(self) -> None:

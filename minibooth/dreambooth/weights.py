@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -15,6 +14,7 @@ from minibooth.checkpoint import files
 from minibooth.checkpoint import lora as lora_files
 from minibooth.checkpoint.load import COMPONENTS
 from minibooth.diffusion.noise import generator
+from minibooth.dreambooth import speed
 from minibooth.dreambooth.optimizer import BLOCK
 from minibooth.dreambooth.parallel import BLOCKS, Ranks
 from minibooth.dreambooth.settings import Settings
@@ -73,8 +73,8 @@ class Weights:
                 lora.attach(network.train(), self.lora[name], kept)
             elif full and self.resumed:
                 network.load_state_dict(dict(files.weights_of(self.resumed / name, COMPONENTS[name].stem)))
-            if trains and dtype != torch.float32:
-                normalise_as_given(network)
+            if trains:
+                speed.suit(network, device, dtype)
             if trains and self.settings.gradient_checkpointing:
                 recompute_activations(network, dropout=self.settings.lora_dropout > 0)
 
@@ -176,26 +176,3 @@ def recompute_activations(network: nn.Module, dropout: bool = False) -> None:
     stacks = [part.transformer_blocks for part in parts if isinstance(part, Transformer)]
     for part in (*parts, *(block for stack in stacks if len(stack) > 1 for block in stack)):
         part.__class__ = recomputed(type(part), dropout)  # type: ignore[arg-type]
-
-
-class GroupNorm(nn.GroupNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
-
-
-class LayerNorm(nn.LayerNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
-
-
-AS_GIVEN: dict[type, type] = {nn.GroupNorm: GroupNorm, nn.LayerNorm: LayerNorm}
-
-
-def normalise_as_given(network: nn.Module) -> None:
-    """GroupNorm and LayerNorm in their input's precision, where autocast would do all of it in fp32: their kernels take only
-    the means in that, which is all that needs it, and so move half of the bytes and keep half for the backward pass.
-    """
-    for module in network.modules():
-        module.__class__ = AS_GIVEN.get(type(module), type(module))

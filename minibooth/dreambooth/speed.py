@@ -1,6 +1,8 @@
-"""Speed put on from outside: a GPU's kernels started together; torch.compile, which keeps what it made for a second run.
+"""Speed put on from outside: layers as the device likes them, a GPU's kernels started together, torch.compile.
 
-What is compiled are the networks' blocks: many are alike, and each kind is compiled once.
+What is compiled are the networks' blocks: many are alike, and each kind is compiled once, and kept for a second run.
+
+Shapes: B batch, C channels in and O out, K = C times the kernel's size, L places of what comes out.
 """
 
 import importlib.util
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minibooth.dreambooth.parallel import BLOCKS
@@ -47,6 +50,55 @@ def blocks(network: nn.Module) -> None:
     for part in network.modules():
         if isinstance(part, BLOCKS):
             part.forward = torch.compile(part.forward, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
+
+
+class Conv2d(nn.Conv2d):
+    """As a product [O, K] x [K, B L], where a CPU is faster with that: for 1x1, and for far more weights than places, which
+    PyTorch's own convolution brings into another order and back.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        pads: Any = self.padding
+        sides = zip(x.shape[2:], pads, self.kernel_size, self.stride, strict=True)
+        size = [(side + 2 * pad - kernel) // step + 1 for side, pad, kernel, step in sides]
+        if self.kernel_size == (1, 1):
+            columns = x.flatten(2)
+        elif self.weight[:, :, 0, 0].numel() > 5000 * len(x) * size[0] * size[1]:
+            columns = F.unfold(x, self.kernel_size, padding=pads, stride=self.stride)
+        else:
+            return super().forward(x)
+        y = self.weight.flatten(1) @ columns.transpose(0, 1).flatten(1)
+        y = y if self.bias is None else y + self.bias[:, None]
+        return y.view(-1, len(x), *size).transpose(0, 1).contiguous()
+
+
+class GroupNorm(nn.GroupNorm):
+    """In its input's precision, where autocast would do all of it in fp32: the kernel takes the means in that, which is all
+    that needs it, and so moves half of the bytes and keeps half for the backward pass.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Likewise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+PRODUCTS: dict[type, type] = {nn.Conv2d: Conv2d}
+AS_GIVEN: dict[type, type] = {nn.GroupNorm: GroupNorm, nn.LayerNorm: LayerNorm}
+
+
+def suit(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Have a network's layers compute as the device is fastest at, in fp32 or under autocast to `dtype`."""
+    kinds = AS_GIVEN if dtype != torch.float32 else PRODUCTS if device.type == "cpu" else {}
+    for layer in network.modules():
+        layer.__class__ = kinds.get(type(layer), type(layer))
 
 
 def channels_last(network: nn.Module, device: torch.device) -> None:
