@@ -43,6 +43,7 @@ class AdamW(torch.optim.Optimizer):
         self.kernel: Callable[..., None] = update
         numbered = enumerate(p for group in self.param_groups for p in group["params"])
         self.keys = {p: generator(seed, "rounding", number).initial_seed() >> 2 for number, p in numbered}
+        self.state.update({p: self.fresh(p) for p in self.keys})  # before activations can lie in between
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -79,8 +80,7 @@ class AdamW(torch.optim.Optimizer):
         (beta1, beta2), rate, decay, epsilon = group["betas"], group["lr"], group["weight_decay"], group["eps"]
         kinds: dict[bool, list[Any]] = {True: [], False: []}
         for p in parameters:
-            state = self.state[p] = self.state[p] or self.fresh(p)
-            kinds[state["exp_avg"].dtype == p.dtype].append(p)
+            kinds[self.state[p]["exp_avg"].dtype == p.dtype].append(p)
         if steps := [self.state[p]["step"] for p in parameters]:
             torch._foreach_add_(steps, 1)
         if plain := kinds[True]:
@@ -167,7 +167,7 @@ def encode(x: Tensor, values: Tensor, *eight: Tensor) -> None:
 
 
 def moments(optimizer: torch.optim.Optimizer, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """AdamW's state as named tensors, "unet.conv_in.weight.exp_avg" and so on; empty before the first step."""
+    """AdamW's state as named tensors, "unet.conv_in.weight.exp_avg" and so on."""
     return {
         f"{part}.{name}.{key}": value
         for part, module in modules.items()
@@ -177,10 +177,9 @@ def moments(optimizer: torch.optim.Optimizer, modules: Mapping[str, nn.Module]) 
 
 
 def restore(optimizer: AdamW, modules: Mapping[str, nn.Module], saved: Mapping[str, Tensor]) -> None:
-    """Put back what `moments` gave, whole; a parameter without a gradient has none."""
+    """Put back what `moments` gave, whole; parameters that are not there keep what they have."""
     for part, module in modules.items():
         for name, parameter in module.named_parameters():
             if f"{part}.{name}.step" in saved:
-                optimizer.state[parameter] = optimizer.fresh(parameter)
                 for key, value in optimizer.state[parameter].items():
                     value.copy_(shard(saved[f"{part}.{name}.{key}"], value))

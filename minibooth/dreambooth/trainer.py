@@ -95,7 +95,7 @@ class Trainer:
         self.trained = self.weights.trained
 
     def prepare(self) -> None:
-        """Everything before the first step: class pictures, networks in place, the optimizer, encoded prompts and pictures."""
+        """Everything before the first step: class pictures, networks in place, encoded prompts and pictures, the optimizer."""
         s = self.settings
         if s.with_prior_preservation and self.prior.missing:
             self.ranks.wait()  # until all know what is missing
@@ -109,6 +109,7 @@ class Trainer:
         if self.ranks.shards == 1 and not s.use_8bit_adam and not s.full_bf16:  # those count in a weight's usual order
             speed.channels_last(self.pipe.unet, self.device)
         self.networks = self.ranks.join(self.trained, self.dtype)
+        self.encode()
         groups = self.weights.groups()
         betas = s.adam_beta1, s.adam_beta2
         self.optimizer = AdamW(groups, betas, s.adam_epsilon, s.adam_weight_decay, s.use_8bit_adam, self.seed)
@@ -126,7 +127,6 @@ class Trainer:
             restore(self.optimizer, self.trained, files.Tensors([self.resumed / "optimizer.safetensors"]))
             if scale := files.read_json(self.resumed / "state.json")["scaler"]:  # empty where it was not in fp16
                 self.scaler.load_state_dict(scale)
-        self.encode()
 
     def compile(self) -> None:
         """From now on the update is few kernels; with `--compile on` so are the blocks of what trains."""
