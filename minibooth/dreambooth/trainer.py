@@ -129,8 +129,9 @@ class Trainer:
                 self.scaler.load_state_dict(scale)
 
     def compile(self) -> None:
-        """From now on the update is few kernels; with `--compile on` so are the blocks of what trains."""
-        self.optimizer.compile()
+        """From now on an update is few kernels, but on a CPU, which is slower so; with `--compile on` the blocks of what trains."""
+        if self.device.type != "cpu":
+            self.optimizer.compile()
         if self.settings.compile == "on":
             for network in self.trained.values():
                 speed.blocks(network)
