@@ -129,7 +129,7 @@ class Trainer:
                 self.scaler.load_state_dict(scale)
 
     def compile(self) -> None:
-        """From now on an update is few kernels, but on a CPU, which is slower so; with `--compile on` the blocks of what trains."""
+        """From now on an update is few kernels, but on a CPU, which is slower so; with `--compile on` blocks are compiled."""
         if self.device.type != "cpu":
             self.optimizer.compile()
         if self.settings.compile == "on":
