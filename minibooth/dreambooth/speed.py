@@ -120,7 +120,7 @@ def draw_faster(pipe: Any, settings: Settings, device: torch.device) -> None:
 class Graph:
     """A function of tensors on a GPU, whose thousands of kernels are started as one: a CUDA graph.
 
-    WARM times it runs as it is, until all that it makes at first is there (moments, compiled code); then it is captured, and
+    WARM times it runs as it is, until all that is made at first is there (compiled code, workspaces); then it is captured, and
     from then on replayed on a copy of what it gets; so for each set of shapes. It returns one tensor.
     """
 
