@@ -12,12 +12,12 @@ from minibooth.dreambooth import speed
 CPU = torch.device("cpu")
 
 
-def suited(layers: nn.ModuleDict, device: torch.device, dtype: torch.dtype) -> nn.ModuleDict:
+def suited(layers: nn.Module, dtype: torch.dtype):
     """A copy, with the same weights under the same names."""
     for seed, p in enumerate(layers.parameters()):
         p.data = normals(*p.shape, seed=seed)
     ours = copy.deepcopy(layers)
-    speed.suit(ours, device, dtype)
+    speed.suit(ours, CPU, dtype)
     assert ours.state_dict().keys() == layers.state_dict().keys()
     return ours
 
@@ -29,25 +29,26 @@ def suited(layers: nn.ModuleDict, device: torch.device, dtype: torch.dtype) -> n
 ])  # fmt: skip
 def test_a_convolution_as_a_product_has_its_numbers(how, side, batch, monkeypatch):
     """With 1x1, without a bias, with more weights than places, strided from an odd side; and as it was."""
-    layers = nn.ModuleDict({"conv": nn.Conv2d(*how)})
-    layer, ours = layers["conv"], suited(layers, CPU, torch.float32)["conv"]
+    layer = nn.Conv2d(*how)
+    ours = suited(layer, torch.float32)
     x = normals(batch, how[0], side, side).requires_grad_()
-    found = {}
     expected = layer(x)
     with monkeypatch.context() as patch:
         if how[0] != how[1]:
             patch.setattr(nn.Conv2d, "forward", None)
         y = ours(x)
     assert y.is_contiguous()
-    for name, output, kind in (("ours", y, ours), ("theirs", expected, layer)):
-        found[name] = [output.detach(), *torch.autograd.grad(output, [x, *kind.parameters()], expected.detach())]
-    assert max(error(*pair) for pair in zip(found["ours"], found["theirs"], strict=True)) < 1e-5
+    found, wanted = (
+        [output.detach(), *torch.autograd.grad(output, [x, *kind.parameters()], expected.detach())]
+        for output, kind in ((y, ours), (expected, layer))
+    )
+    assert max(error(*pair) for pair in zip(found, wanted, strict=True)) < 1e-5
 
 
 def test_norms_stay_in_their_inputs_precision():
     """Under autocast, which would do them in fp32, and to bf16's three digits in its numbers; in fp32 nothing changes."""
     norms = nn.ModuleDict({"group": nn.GroupNorm(4, 16), "layer": nn.LayerNorm(8)})
-    ours = suited(norms, CPU, torch.bfloat16)
+    ours = suited(norms, torch.bfloat16)
     x = normals(2, 16, 4, 8)
     for name in norms:
         assert torch.equal(ours[name](x), norms[name](x))
