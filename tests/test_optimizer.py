@@ -99,6 +99,24 @@ def test_slices_and_the_backward_pass_change_no_bit(kind, monkeypatch):
     assert same_bits(walked(kind), whole)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [BLOCK, 1 << 18])
+def test_how_a_weight_lies_changes_no_bit(size, kind, monkeypatch):
+    """With channels last, as a GPU takes them, and updated in four slices or in one."""
+    monkeypatch.setitem(module.SLICE, "cpu", size)
+    (dtype, eight_bit), found = KINDS[kind], []
+    for form in (torch.contiguous_format, torch.channels_last):
+        start, *gradients = torch.randn(4, 256, 32, 3, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+        p = nn.Parameter(start.to(memory_format=form))
+        optimizer = AdamW([{"params": [p], "lr": 0.01}], *HOW, eight_bit)
+        for gradient in gradients:
+            p.grad = gradient.to(memory_format=form)
+            optimizer.step()
+        assert p.is_contiguous(memory_format=form)
+        found.append({"weight": p.detach()} | optimizer.state[p])
+    assert same_bits(*found) and not torch.equal(p, start)
+
+
 def test_in_the_backward_pass_gradients_are_never_all_there(monkeypatch):
     modules, counts = networks(), []
     optimizer, advance = adamw(modules), AdamW.advance

@@ -71,7 +71,8 @@ class AdamW(torch.optim.Optimizer):
         """A parameter's state before its first step."""
         eight = self.eight_bit and p.numel() >= SMALLEST and p.numel() % BLOCK == 0
         dtype = torch.uint8 if eight else torch.float32
-        state = {name: torch.zeros_like(p, dtype=dtype) for name in SIGNED}
+        form = torch.preserve_format if dtype == p.dtype else torch.contiguous_format  # blocks are of the usual order
+        state = {name: torch.zeros_like(p, dtype=dtype, memory_format=form) for name in SIGNED}
         scales = {f"{name}_scale": torch.zeros(p.numel() // BLOCK, device=p.device) for name in SIGNED if eight}
         return state | scales | {"step": torch.zeros((), device=p.device)}
 
@@ -88,11 +89,15 @@ class AdamW(torch.optim.Optimizer):
             how = dict(lr=rate, beta1=beta1, beta2=beta2, weight_decay=decay, eps=epsilon, amsgrad=False, maximize=False)
             torch._fused_adamw_(plain, [p.grad for p in plain], first, second, [], steps, **how)
         for p in kinds[False]:
-            size, key = SLICE[p.device.type], self.keys[p]
+            row, key = p[0].numel(), self.keys[p]
+            least = BLOCK // math.gcd(BLOCK, row)  # rows that are whole blocks
+            rows = least * max(1, SLICE[p.device.type] // (least * row))
             told = self.state[p]["step"], rate, decay, beta1, beta2, epsilon
-            slices = p.view(-1).split(size), p.grad.view(-1).split(size), *(self.slices(p, name, size) for name in SIGNED)
-            for number, slice in enumerate(zip(*slices, strict=True)):
-                self.kernel(*slice, *told, key + number * size)
+            parts = p.split(rows), p.grad.split(rows), *(self.slices(p, name, rows * row) for name in SIGNED)
+            for number, (part, grad, *both) in enumerate(zip(*parts, strict=True)):
+                flat = part.reshape(-1)  # a copy, where channels come last
+                self.kernel(flat, grad.reshape(-1), *both, *told, key + number * rows * row)
+                part.copy_(flat.view_as(part))
 
     def slices(self, p: Tensor, name: str, size: int) -> Iterator[tuple[Tensor, ...]]:
         """A moment in slices, each as `update` takes it."""

@@ -106,8 +106,7 @@ class Trainer:
             gc.collect()  # its UNet holds what was made of it, and that the UNet
             self.ranks.wait()
         self.weights.place(self.device, self.dtype)
-        sliced = s.use_8bit_adam or s.full_bf16  # updated by our own kernel, which counts in a weight's usual order
-        if self.ranks.shards == 1 and not sliced:
+        if self.ranks.shards == 1:
             speed.channels_last(self.pipe.unet, self.device)
         self.networks = self.ranks.join(self.trained, self.dtype)
         self.encode()
@@ -116,7 +115,8 @@ class Trainer:
         self.optimizer = AdamW(groups, betas, s.adam_epsilon, s.adam_weight_decay, s.use_8bit_adam, self.seed)
         if s.fused_backward_pass:
             self.optimizer.step_in_backward()
-        if speed.compilable(s, self.device, pays=sliced and self.device.type == "cuda"):
+        lean = s.use_8bit_adam or s.full_bf16  # updated by our own kernel
+        if speed.compilable(s, self.device, pays=lean and self.device.type == "cuda"):
             self.compile()
         scaled = self.dtype == torch.float16  # an update that overflowed is left out, as the host decides
         if self.ranks.count == 1 and not scaled and speed.replayable(s, self.device):
