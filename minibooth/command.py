@@ -20,7 +20,7 @@ USERS_ERRNO = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUO
 
 
 def ready_cpu() -> None:
-    """What makes a process faster on a CPU; to be called before its first operation, whose threads would not have it.
+    """Settings that make PyTorch faster on a CPU. Before the first operation: threads that are there already do not get them.
 
     Large tensors lie in huge pages, which fault less, and what is free is kept for the next ones, where the C library can:
     a step of Stable Diffusion's UNet takes 0.87 of its time. Numbers below 1e-38, of which the gradients of attention are
@@ -35,24 +35,20 @@ def ready_cpu() -> None:
 
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> NoReturn:
     """main(argv[1:]) as a process: a mistake the user can mend ends in one line and status 2, Ctrl-C in status 130."""
-    name = f"minibooth.{Path(argv[0]).stem}"
     ready_cpu()
     try:
         main(argv[1:])
+        sys.exit(0)
     except UserError as error:
-        sys.exit(_last_words(f"{name}: error: {error}", 2))
+        status, words = 2, f"error: {error}"
     except OSError as error:
         if error.errno not in USERS_ERRNO:
             raise
-        sys.exit(_last_words(f"{name}: error: {error.strerror}: {error.filename or 'while writing'}", 2))
+        status, words = 2, f"error: {error.strerror}: {error.filename or 'while writing'}"
     except KeyboardInterrupt as interrupt:
-        sys.exit(_last_words(f"{name}: interrupted{f': {interrupt}' if str(interrupt) else ''}", 130))
-    sys.exit(0)
-
-
-def _last_words(text: str, status: int) -> int:
-    print(" ".join(text.split()), file=sys.stderr)
-    return status
+        status, words = 130, f"interrupted: {interrupt}".removesuffix(": ")
+    print(f"minibooth.{Path(argv[0]).stem}:", *words.split(), file=sys.stderr)
+    sys.exit(status)
 
 
 class Parser(argparse.ArgumentParser):
@@ -63,6 +59,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; {self.prog} --help lists the flags")
+
+
+def source_flags(parser: Parser) -> None:
+    """The flags that say how a model is read, as `load` and `Source.open` take them."""
+    parser.add_argument("--variant", help="of the weights' files to read, such as fp16")
+    parser.add_argument("--revision", help="of a model on the hub: branch, tag or commit")
+    tokenizer = "folder with CLIP's vocabulary, for a single file [tokenizer/ beside it, or the hub]"
+    parser.add_argument("--tokenizer", metavar="D", help=tokenizer)
+    predicts = "overrules what the model says of itself"
+    parser.add_argument("--prediction_type", choices=["epsilon", "v_prediction"], help=predicts)
 
 
 def lora_flags(parser: Parser) -> None:

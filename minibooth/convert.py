@@ -5,11 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minibooth import command
-from minibooth.checkpoint import lora
+from minibooth.checkpoint import files, lora
 from minibooth.checkpoint.load import Source
 from minibooth.errors import UserError
-
-DTYPES = {name: command.DTYPES[name] for name in ("fp32", "fp16", "bf16")}
 
 
 def parser() -> command.Parser:
@@ -18,13 +16,10 @@ def parser() -> command.Parser:
     add = parser.add_argument
     add("source", metavar="SRC", help="a folder in the diffusers layout, a single .safetensors file, or owner/name on the hub")
     add("target", metavar="DST", type=Path, help="x.safetensors for a single file, anything else for a folder")
-    add("--dtype", choices=[*DTYPES], help="what the weights are written in [as they are]")
+    add("--dtype", choices=["fp32", "fp16", "bf16"], help="what the weights are written in [as they are]")
     command.lora_flags(parser)
     add("--ema", action="store_true", help="of a single file, take the averaged weights (model_ema)")
-    add("--tokenizer", metavar="D", help="folder with CLIP's vocabulary, for a single file [tokenizer/ beside it, or the hub]")
-    add("--variant", help="of the weights' files to read, such as fp16")
-    add("--revision", help="of a model on the hub: branch, tag or commit")
-    add("--prediction_type", choices=["epsilon", "v_prediction"], help="overrules what the model says of itself")
+    command.source_flags(parser)
     return parser
 
 
@@ -34,12 +29,12 @@ def main(argv: Sequence[str]) -> None:
     target = flags.target
     if target.exists():
         raise UserError(f"{target} is there already; choose another name, or remove it first")
-    if target.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+    if target.suffix in files.PICKLES:
         raise UserError(f"{target} would be a pickle; a single file is written as {target.with_suffix('.safetensors')}")
-    read = flags.variant, flags.revision, flags.tokenizer, flags.ema, flags.prediction_type
-    source = Source.open(flags.source, *read, mapped=False)
+    how = {name: getattr(flags, name) for name in ("variant", "revision", "tokenizer", "ema", "prediction_type")}
+    source = Source.open(flags.source, **how, mapped=False)
     lora.merge(source, command.loras(flags))
-    source.save(target, {}, DTYPES.get(flags.dtype))
+    source.save(target, {}, command.DTYPES.get(flags.dtype))
     print(target)
 
 

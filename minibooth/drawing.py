@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -55,19 +56,17 @@ def parser(
     add("--sampler", choices=[*SAMPLERS], help="[ddim; for XL euler]")
     add("--dtype", choices=["fp32", "fp16", "bf16"], help="what the networks compute in [fp16 on cuda, otherwise fp32]")
     add("--device", help="cuda, mps or cpu [the best there]")
-    add("--variant", help="of the weights' files, such as fp16")
-    add("--revision", help="of a model on the hub: branch, tag or commit")
-    add("--tokenizer", metavar="D", help="folder with CLIP's vocabulary, for a single file [tokenizer/ beside it, or the hub]")
-    add("--prediction_type", choices=["epsilon", "v_prediction"], help="overrules what the model's scheduler says")
+    command.source_flags(parser)
     return parser
 
 
 def open_model(flags: argparse.Namespace, wanted: type[Pipeline]) -> Any:
-    """The pipeline of --model with its LoRAs; --sampler becomes its own where none is named, and --output_dir is made."""
+    """The pipeline of --model with its LoRAs. What was not said is settled: --sampler, --seed; and --output_dir is made."""
     if Path(flags.model).parent == WEIGHTS and not Path(flags.model).is_dir():
         raise UserError(f"the embedded model is not in {flags.model}; name another with --model")
     pipe = open_other(flags, flags.model, wanted, prediction_type=flags.prediction_type, revision=flags.revision)
     flags.sampler = flags.sampler or pipe.sampler
+    flags.seed = secrets.randbits(32) if flags.seed is None else flags.seed
     for lora, weight in command.loras(flags):
         pipe.load_lora(lora, weight)
     flags.output_dir.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,6 @@ shows every subject in the output folder, so the paper's thirty are thirty runs 
 """
 
 import argparse
-import functools
 import json
 import platform
 import re
@@ -28,7 +27,7 @@ from minibooth.dreambooth.data import find_pictures, open_picture
 from minibooth.dreambooth.metrics import PUBLISHED, Eyes, agreement, ceiling, diversity, likeness, open_lpips
 from minibooth.dreambooth.prior import DRAWING, Drawings, draw, origin
 from minibooth.errors import UserError
-from minibooth.train import EMBEDDED as RUN
+from minibooth.train import EMBEDDED
 
 COLUMNS = ("DINO", "CLIP-I", "CLIP-T", "PRES", "DIV")
 PAPER = {  # tables 1 and 3: 30 subjects, 25 prompts, 4 pictures of each
@@ -39,10 +38,7 @@ PAPER = {  # tables 1 and 3: 30 subjects, 25 prompts, 4 pictures of each
     "paper: with prior preservation": (0.684, 0.815, 0.308, 0.493, 0.391),
     "paper: without prior preservation": (0.712, 0.828, 0.306, 0.664, 0.371),
 }
-ENCODERS: dict[str, Callable[..., Any]] = {
-    "clip": functools.partial(Eyes, kind="clip"), "dino": functools.partial(Eyes, kind="vit"), "lpips": open_lpips,
-}  # fmt: skip
-EMBEDDED = {"clip": str(drawing.WEIGHTS / "tiny-clip"), "dino": "none"}  # PUBLISHED, for the embedded model
+TINY_EYES = {"clip": str(drawing.WEIGHTS / "tiny-clip"), "dino": "none"}  # PUBLISHED, for the embedded model
 TOY = drawing.WEIGHTS / "subject" / "prompts_and_classes.txt"  # the prompts, for it: what its world has
 
 # Prompts as the paper has them: 20 other places for a thing, or 10 and 10 outfits for somebody alive, and 5 other looks.
@@ -92,7 +88,7 @@ def complete(flags: argparse.Namespace) -> None:
     runs = [files.read_json(place / "run.json") for place in places if (place / "run.json").is_file()]
     said = runs[0].get("settings", {}) if runs else {}
     embedded = Path(said.get("pretrained_model_name_or_path") or flags.model).resolve().parent == drawing.WEIGHTS
-    said = said or (RUN if embedded else {})
+    said = said or (EMBEDDED if embedded else {})
     prompt, known = said.get("instance_prompt") or "", (said.get("class_prompt") or "").split()
     if flags.identifier is None:
         flags.identifier = " ".join(word for word in prompt.split() if known and word not in known) or "sks"
@@ -100,7 +96,7 @@ def complete(flags: argparse.Namespace) -> None:
     flags.images = flags.images or said.get("instance_data_dir")
     flags.resolution = flags.resolution or said.get("resolution")
     flags.prompts = flags.prompts or (TOY if embedded and not flags.live else None)
-    for name, usual in (EMBEDDED if embedded and Path(EMBEDDED["clip"]).is_dir() else PUBLISHED).items():
+    for name, usual in (TINY_EYES if embedded and Path(TINY_EYES["clip"]).is_dir() else PUBLISHED).items():
         setattr(flags, name, getattr(flags, name) or usual)
     if not flags.images:
         raise UserError("--images is missing: the folder of the subject's photographs")
@@ -171,7 +167,7 @@ def table(folder: Path) -> str:
     if len(found) > 1:
         rows[f"mean of {len(found)} subjects"] = means([*rows.values()])
     rows["real pictures"] = means([x["real"] for x in found.values()])
-    if any(x["settings"]["clip"] != EMBEDDED["clip"] for x in found.values()):
+    if any(x["settings"]["clip"] != TINY_EYES["clip"] for x in found.values()):
         rows |= {name: dict(zip(COLUMNS, values, strict=False)) for name, values in PAPER.items()}
     cells = {name: [f"{row[column]:.3f}" if column in row else "-" for column in COLUMNS] for name, row in rows.items()}
     width = max(map(len, rows))
@@ -184,7 +180,9 @@ def main(argv: Sequence[str]) -> None:
     complete(flags)
     real, texts = [open_picture(path) for path in find_pictures(Path(flags.images))[0]], prompts(flags)
     pipe = drawing.open_model(flags, StableDiffusion)
-    encoders = [encoder(flags, name, functools.partial(make, device=pipe.device)) for name, make in ENCODERS.items()]
+    clip = encoder(flags, "clip", lambda name: Eyes(name, device=pipe.device, kind="clip"))
+    dino = encoder(flags, "dino", lambda name: Eyes(name, device=pipe.device, kind="vit"))
+    lpips = encoder(flags, "lpips", lambda name: open_lpips(name, pipe.device))
     how = {name: getattr(flags, name) for name in ("resolution", "negative_prompt", *DRAWING)}
     how |= origin(pipe.source, {name: network.state_dict() for name, network in pipe.networks.items()}, pipe.dtype)
     folder = flags.output_dir / flags.subject
@@ -192,10 +190,9 @@ def main(argv: Sequence[str]) -> None:
     of_class = Drawings(folder, {"prompt": f"a {flags.class_noun}"} | how, flags.num_class_images, flags.seed)
     draw([*drawn, of_class], pipe, flags.batch_size, flags.subject)
 
-    results = {"subject": flags.subject, **measure(real, drawn, of_class, *encoders), "model": how}
+    results = {"subject": flags.subject, **measure(real, drawn, of_class, clip, dino, lpips), "model": how}
     results |= {"settings": vars(flags), "versions": {"python": platform.python_version(), "torch": torch.__version__}}
-    with files.replacing(folder / "results.json") as temporary:
-        temporary.write_text(json.dumps(results, indent=2, default=str) + "\n")
+    files.write_text(folder / "results.json", json.dumps(results, indent=2, default=str) + "\n")
     print(f"{table(flags.output_dir)}\n{folder / 'results.json'}")
 
 

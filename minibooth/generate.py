@@ -1,6 +1,6 @@
 """Draw pictures of prompts: numbered PNGs, each with all that it takes to draw it again, and a grid."""
 
-import secrets
+import math
 import sys
 from collections.abc import Sequence
 
@@ -34,22 +34,21 @@ def main(argv: Sequence[str]) -> None:
     more = {"upscaler": flags.upscaler} if upscaler else {}
 
     prompts = [prompt for prompt in flags.prompt for _ in range(flags.num_images)]
-    seed = secrets.randbits(32) if flags.seed is None else flags.seed
     names = ("height", "width", "steps", "guidance_scale", "sampler")
     settings = {name: getattr(flags, name) for name in names}
     pictures = []
     for start in range(0, len(prompts), flags.batch_size):
         batch = prompts[start : start + flags.batch_size]
-        drawn = pipe.generate(batch, flags.negative_prompt or None, seed=seed + start, **settings)
+        drawn = pipe.generate(batch, flags.negative_prompt or None, seed=flags.seed + start, **settings)
         more |= dict(width=drawn[0].width, height=drawn[0].height)
         if upscaler:
-            how = dict(negative_prompts=flags.negative_prompt, steps=flags.steps, seed=seed + start)
+            how = dict(negative_prompts=flags.negative_prompt, steps=flags.steps, seed=flags.seed + start)
             drawn = upscaler.generate(batch, drawn, **how)
         for i, (prompt, picture) in enumerate(zip(batch, drawn, strict=True), start=start):
-            drawing.save(picture, flags.output_dir, "", drawing.metadata(flags, prompt, seed + i, picture.size, **more))
+            drawing.save(picture, flags.output_dir, "", drawing.metadata(flags, prompt, flags.seed + i, picture.size, **more))
         pictures += drawn
-    columns = flags.num_images if len(flags.prompt) > 1 else round(len(pictures) ** 0.5 + 0.49)
-    told = drawing.metadata(flags, "\n".join(flags.prompt), seed, pictures[0].size, **more)
+    columns = flags.num_images if len(flags.prompt) > 1 else math.ceil(math.sqrt(len(pictures)))
+    told = drawing.metadata(flags, "\n".join(flags.prompt), flags.seed, pictures[0].size, **more)
     drawing.save(grid(pictures, columns), flags.output_dir, "grid-", told)
 
 

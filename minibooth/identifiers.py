@@ -16,7 +16,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--revision", help="of a model on the hub: branch, tag or commit")
     parser.add_argument("--count", type=int, default=20, help="how many [20]")
     flags = parser.parse_args(command.normalise(argv))
-    source = Source.open(flags.model, flags.variant, flags.revision)
+    source = Source.open(flags.model, variant=flags.variant, revision=flags.revision)
     embeddings = source.weights["text_encoder"]["text_model.embeddings.token_embedding.weight"]
     for word, token, moved in rare_words(source.tokenizer(), embeddings)[: flags.count]:
         print(f"{word:6} token {token:5}  moved {moved:.2f}")

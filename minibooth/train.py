@@ -79,8 +79,7 @@ def embedded(settings: Settings) -> Settings:
     there = Path(EMBEDDED["pretrained_model_name_or_path"]).is_dir()
     if settings.pretrained_model_name_or_path or settings.instance_data_dir or not there:
         return settings
-    untouched = [f.name for f in dataclasses.fields(Settings) if getattr(settings, f.name) == f.default]
-    return dataclasses.replace(settings, **{name: EMBEDDED[name] for name in untouched if name in EMBEDDED})
+    return Settings(**EMBEDDED | settings.given())
 
 
 def second(settings: Settings) -> Settings:

@@ -1,6 +1,5 @@
 """Make pictures four times as wide and high, with detail drawn under a prompt: PNGs numbered after the pictures' names."""
 
-import secrets
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,10 +32,9 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--prompt has {len(flags.prompt)} for {len(paths)} pictures: give one, or one for each")
     prompts = flags.prompt * (len(paths) if len(flags.prompt) == 1 else 1)
     pipe = drawing.open_model(flags, StableDiffusionUpscale)
-    first = secrets.randbits(32) if flags.seed is None else flags.seed
     names = ("noise_level", "steps", "guidance_scale", "sampler", "tile")
     settings = {name: getattr(flags, name) for name in names}
-    for seed, (path, prompt) in enumerate(zip(paths, prompts, strict=True), start=first):
+    for seed, (path, prompt) in enumerate(zip(paths, prompts, strict=True), start=flags.seed):
         settings |= dict(negative_prompts=flags.negative_prompt, seed=seed)
         (picture,) = pipe.generate(prompt, open_picture(path), **settings)
         own = dict(images=path, noise_level=flags.noise_level, tile=flags.tile)

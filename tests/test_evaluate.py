@@ -334,14 +334,14 @@ def test_the_words_are_those_of_the_instance_prompt(tmp_path, instance, of_class
 @pytest.mark.parametrize("there", [True, False])
 def test_the_embedded_model_has_its_own_encoder(tmp_path, monkeypatch, there):
     monkeypatch.setattr(drawing, "WEIGHTS", tmp_path)
-    monkeypatch.setitem(evaluate.EMBEDDED, "clip", str(tmp_path / "tiny-clip"))
+    monkeypatch.setitem(evaluate.TINY_EYES, "clip", str(tmp_path / "tiny-clip"))
     if there:
         (tmp_path / "tiny-clip").mkdir()
     write_json(tmp_path / "trained" / "run.json", {"settings": {"pretrained_model_name_or_path": str(tmp_path / "tiny")}})
     for model, own in ((tmp_path / "tiny", there), (tmp_path / "trained", there), ("owner/name", False)):
         flags = evaluate.parser().parse_args(["--model", str(model), "--class_noun", "robot", "--images", "x"])
         evaluate.complete(flags)
-        assert (flags.clip, flags.dino) == tuple((evaluate.EMBEDDED if own else evaluate.PUBLISHED).values())
+        assert (flags.clip, flags.dino) == tuple((evaluate.TINY_EYES if own else evaluate.PUBLISHED).values())
 
 
 def test_the_embedded_model_is_measured_on_what_its_world_has():
@@ -354,7 +354,7 @@ def test_the_embedded_model_is_measured_on_what_its_world_has():
 
 
 def test_other_encoders_than_the_papers_do_not_stand_beside_its_figures(kit, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(evaluate.EMBEDDED, "clip", str(kit.clip))
+    monkeypatch.setitem(evaluate.TINY_EYES, "clip", str(kit.clip))
     kit.run(tmp_path, "--dino", "none")
     assert "paper" not in capsys.readouterr().out
 

@@ -1,6 +1,7 @@
 """The house stands: an import points to a lower floor or to the same folder, and nothing is ever unpickled."""
 
 import ast
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ PACKAGE = Path(minibooth.__file__).parent
 FLOORS = ["errors", "models", "checkpoint", "diffusion", "dreambooth", "commands"]
 BANNED = {"diffusers", "transformers", "accelerate", "peft", "bitsandbytes", "pickle", "dill", "joblib", "shelve"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
+NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 
 def floor(parts):
@@ -69,3 +71,20 @@ def test_a_module_says_what_it_is(path):
 def test_every_folder_is_a_floor():
     folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert folders == set(FLOORS[1:-1])
+
+
+def code_lines(path):
+    """Of a file, those that are neither blank nor of comments, imports and docstrings."""
+    with tokenize.open(path) as stream:
+        tokens = [token for token in tokenize.generate_tokens(stream.readline) if token.type not in NO_CODE]
+    lines = {n for token in tokens for n in range(token.start[0], token.end[0] + 1)}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if text or isinstance(node, ast.Import | ast.ImportFrom):
+            lines -= {*range(node.lineno, node.end_lineno + 1)}
+    return len(lines)
+
+
+def test_it_is_small():
+    """As the README says."""
+    assert sum(map(code_lines, MODULES)) < 4000

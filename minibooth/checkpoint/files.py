@@ -42,6 +42,8 @@ class Tensors(Mapping[str, Tensor]):
         self._owner: dict[str, Any] = {}
         self.metadata: dict[str, str] = {}
         for path in files:
+            if path.suffix in PICKLES:
+                raise UserError(f"{path} is a pickle, which is never opened here; convert it to safetensors")
             try:
                 handle = safetensors.safe_open(path, framework="pt", backend="mmap" if mapped else "pread")
             except (safetensors.SafetensorError, OSError) as error:
@@ -204,6 +206,12 @@ def replacing(path: Path, merge: bool = False) -> Iterator[Path]:
             undo.pop_all()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def hash_of(tensors: Mapping[str, Tensor]) -> str:

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from minibooth.checkpoint import files
 from minibooth.errors import UserError
-from minibooth.models.config import CLIPTextConfig, UNetConfig, VAEConfig
-from minibooth.models.unet import ATTENDS
+from minibooth.models.config import ATTENDS, CLIPTextConfig, UNetConfig, VAEConfig
 
 UNET = "model.diffusion_model."
 
@@ -37,17 +36,17 @@ class Family(NamedTuple):
 
 
 COMMON = {"unet": UNET, "vae": "first_stage_model."}
-BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000, steps_offset=1)
+SD_BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000, steps_offset=1)
 X4_BETAS = dict(beta_start=0.0001, beta_end=0.02, beta_schedule="scaled_linear", num_train_timesteps=1000)
 FAMILIES = {
     "StableDiffusionPipeline": Family(
         COMMON | {"text_encoder": "cond_stage_model."}, 64, 0.18215,
-        dict(_class_name="DDIMScheduler", clip_sample=False, set_alpha_to_one=False, **BETAS),
+        dict(_class_name="DDIMScheduler", clip_sample=False, set_alpha_to_one=False, **SD_BETAS),
         dict(safety_checker=[None, None], feature_extractor=[None, None], requires_safety_checker=False),
     ),
     "StableDiffusionXLPipeline": Family(
         COMMON | {"text_encoder": "conditioner.embedders.0.", "text_encoder_2": "conditioner.embedders.1."}, 128, 0.13025,
-        dict(_class_name="EulerDiscreteScheduler", interpolation_type="linear", timestep_spacing="leading", **BETAS),
+        dict(_class_name="EulerDiscreteScheduler", interpolation_type="linear", timestep_spacing="leading", **SD_BETAS),
         dict(force_zeros_for_empty_prompt=True),
     ),
     "StableDiffusionUpscalePipeline": Family(
@@ -272,7 +271,7 @@ def marks(schedule: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def count(names: Iterable[str], head: str) -> int:
-    """How many modules there are in a list of them."""
+    """How many different modules follow `head` in these names: of blocks.0, blocks.1.conv and blocks.1.norm, two."""
     return len({name[len(head) :].split(".")[0] for name in names if name.startswith(head)})
 
 

@@ -47,11 +47,7 @@ COMPONENTS = {
     "unet": Component(UNet, UNetConfig, "diffusion_pytorch_model"),
     "vae": Component(VAE, VAEConfig, "diffusion_pytorch_model"),
 }
-KINDS = {  # what model_index.json may say, and what to read then
-    "StableDiffusionPipeline": ("text_encoder", "unet", "vae"),
-    "StableDiffusionXLPipeline": ("text_encoder", "text_encoder_2", "unet", "vae"),
-    "StableDiffusionUpscalePipeline": ("text_encoder", "unet", "vae"),
-}
+KINDS = {kind: sorted(family.prefixes) for kind, family in ldm.FAMILIES.items()}  # what a folder may be, and what to read then
 SMALL_FILES = ("model_index.json", "*/*.json", "tokenizer*/*.txt")  # read into memory, written back as they were
 VOCABULARY = ("vocab.json", "merges.txt", "tokenizer.json")
 CLIP = "openai/clip-vit-large-patch14"  # has the vocabulary of all these models
@@ -101,6 +97,7 @@ class Source:
     def open(
         cls,
         source: str | Path,
+        *,
         variant: str | None = None,
         revision: str | None = None,
         tokenizer: str | Path | None = None,
@@ -127,7 +124,8 @@ class Source:
         if tokenizer:
             self._take(vocabulary(path, tokenizer))
         if prediction_type:
-            self._say(prediction_type)
+            schedule = self.json(SCHEDULE) | {"prediction_type": prediction_type}
+            self.files[SCHEDULE] = json.dumps(schedule, indent=2).encode()
         for name in KINDS[self.kind]:
             tensors = files.weights_of(folder / name, COMPONENTS[name].stem, variant, mapped)
             names = {published_name(key): key for key in tensors if not DROPPED.search(key)}
@@ -159,9 +157,6 @@ class Source:
         folders = {path.split("/")[0] for path in self.files if path.startswith("tokenizer")}
         self.files = {path: data for path, data in self.files.items() if path.split("/")[-1] not in VOCABULARY}
         self.files |= {f"{folder}/{name}": data for folder in folders for name, data in vocabulary.items()}
-
-    def _say(self, prediction_type: str) -> None:
-        self.files[SCHEDULE] = json.dumps(self.json(SCHEDULE) | {"prediction_type": prediction_type}, indent=2).encode()
 
     @torch.no_grad()
     def measure(self) -> str:
@@ -214,28 +209,7 @@ class Source:
 
     def build(self, name: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Any:
         """The component's network with its weights, in eval mode. Raises UserError at the first name or shape that differs."""
-        return self.fill(name, self.skeleton(name), dtype, device)
-
-    def fill(self, name: str, network: nn.Module, dtype: torch.dtype, device: torch.device | str) -> Any:
-        """A network on meta with the component's weights, in eval mode. Raises UserError as `check` does."""
-        self.check(name, network)
-        state = {key: x.to(device, dtype) for key, x in self.weights[name].items()}
-        network.load_state_dict(state, strict=True, assign=True)
-        return network.eval()
-
-    def check(self, name: str, network: nn.Module) -> None:
-        """Raises UserError at the first name or shape of the component's weights that is not the network's."""
-        wanted, tensors = network.state_dict(), files.meta(self.weights[name])
-        for kind, keys in (
-            ("lacks", wanted.keys() - tensors.keys()),
-            ("has unexpected", tensors.keys() - wanted.keys()),
-        ):
-            if keys:
-                raise UserError(f"{self.name}: {name} {kind} {min(keys)} and {len(keys) - 1} more; is it of another kind?")
-        for key, tensor in tensors.items():
-            if tensor.shape != wanted[key].shape:
-                shapes = f"{[*tensor.shape]}, where its config.json means {[*wanted[key].shape]}"
-                raise UserError(f"{self.name}: {name}'s {key} is {shapes}")
+        return fill(self.skeleton(name), self.weights[name], f"{self.name}: {name}", dtype, device)
 
     def save(self, path: Path, weights: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype | None = None) -> None:
         """Write everything again, with these `weights` of networks where given, and as they were read where not.
@@ -246,7 +220,7 @@ class Source:
         where what was read does not fit together.
         """
         for name in self.weights:
-            self.check(name, self.skeleton(name))
+            check(self.skeleton(name), self.weights[name], f"{self.name}: {name}")
         states = {name: weights.get(name, read) for name, read in self.weights.items()}
         (self._save_file if path.suffix == ".safetensors" else self._save_folder)(path, states, dtype)
 
@@ -284,6 +258,25 @@ class Source:
         files.write_weights(path, whole(states), whole(self.weights), dtype, {**self.metadata, **says})
 
 
+def fill(network: nn.Module, weights: Mapping[str, Tensor], name: str, dtype: torch.dtype, device: torch.device | str) -> Any:
+    """A network on meta with these weights, in eval mode. Raises UserError as `check` does."""
+    check(network, weights, name)
+    network.load_state_dict({key: x.to(device, dtype) for key, x in weights.items()}, strict=True, assign=True)
+    return network.eval()
+
+
+def check(network: nn.Module, weights: Mapping[str, Tensor], name: str) -> None:
+    """Raises UserError at the first name or shape of the weights that is not the network's; `name` is for the error."""
+    wanted, tensors = network.state_dict(), files.meta(weights)
+    for kind, keys in (("lacks", wanted.keys() - tensors.keys()), ("has unexpected", tensors.keys() - wanted.keys())):
+        if keys:
+            raise UserError(f"{name} {kind} {min(keys)} and {len(keys) - 1} more; is it of another kind?")
+    for key, tensor in tensors.items():
+        if tensor.shape != wanted[key].shape:
+            shapes = f"{[*tensor.shape]}, where its config.json means {[*wanted[key].shape]}"
+            raise UserError(f"{name}'s {key} is {shapes}")
+
+
 def find(source: str | Path, variant: str | None = None, revision: str | None = None) -> Path:
     """The local folder of a checkpoint: the path itself, or the hub's cache after a download. Raises UserError otherwise."""
     path = Path(source)
@@ -308,22 +301,18 @@ def download(repository: str, variant: str | None, revision: str | None) -> Path
     patterns = list(SMALL_FILES)
     for name, component in COMPONENTS.items():
         patterns += [f"{name}/{component.stem}{infix}{end}.safetensors" for end in ("", "-?????-of-?????")]
-    try:
-        return snapshot(repository, patterns, revision)
-    except OSError as error:
-        raise UserError(f"{repository} is no folder here, and could not be had from the hub ({error})") from None
+    return snapshot(repository, patterns, revision)
 
 
 def snapshot(repository: str, patterns: list[str], revision: str | None = None, cached: bool = False) -> Path:
-    """A hub repository's files; `cached`: only those already here. Raises OSError with the reason where it cannot be had."""
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    """A hub repository's files; `cached`: only those already here. Raises UserError with the reason where it cannot be had."""
+    from huggingface_hub import errors, snapshot_download  # half a second
 
     try:
-        snapshot_download = huggingface_hub.snapshot_download
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, local_files_only=cached))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise OSError(str(error).strip().splitlines()[0]) from None
+    except (errors.HFValidationError, OSError) as error:  # the hub's own errors are OSErrors but for that of a wrong name
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{repository} is no folder here, and could not be had from the hub ({reason})") from None
 
 
 def vocabulary(path: Path, tokenizer: str | Path | None = None) -> dict[str, bytes]:
@@ -338,7 +327,7 @@ def vocabulary(path: Path, tokenizer: str | Path | None = None) -> dict[str, byt
             return
         yield path.parent / "tokenizer"
         for cached in (True, False):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(UserError):
                 yield snapshot(CLIP, list(VOCABULARY), cached=cached)
 
     for folder in folders():

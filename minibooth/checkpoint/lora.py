@@ -57,8 +57,6 @@ def read(path: str | Path, source: Source, weight: float = 1.0) -> Adapters:
     Raises UserError for what is missing, no LoRA, or one for another base: naming the first key that does not fit.
     """
     path = Path(path) / DIFFUSERS if Path(path).is_dir() else Path(path)
-    if path.suffix in files.PICKLES:
-        raise UserError(f"{path} is a pickle, which is never opened here; convert it to safetensors")
     if not path.is_file():
         raise UserError(f"{path} is missing; a LoRA is a .safetensors file, or a folder that holds {DIFFUSERS}")
     tensors, known = files.Tensors([path]), dict(spellings(source))

@@ -37,10 +37,12 @@ def load(
     "v_prediction". revision: the hub's branch, tag or commit. tokenizer: a folder with CLIP's vocabulary, which a single file
     lacks. ema: of a single file, the averaged weights. Raises UserError for what cannot be opened.
     """
-    how = variant, revision, tokenizer, ema, prediction_type
-    opened = source if isinstance(source, Source) else Source.open(source, *how)
-    found = PIPELINES[opened.kind]
+    if not isinstance(source, Source):
+        source = Source.open(
+            source, variant=variant, revision=revision, tokenizer=tokenizer, ema=ema, prediction_type=prediction_type
+        )
+    found = PIPELINES[source.kind]
     if not issubclass(found, wanted):
         use = f"name another, or give this one to python -m minibooth.{found.command}"
-        raise UserError(f"{opened.name} is {found.kind}, where {wanted.kind} is needed: {use}")
-    return found(opened, dtype, device, prediction_type)
+        raise UserError(f"{source.name} is {found.kind}, where {wanted.kind} is needed: {use}")
+    return found(source, dtype, device)

@@ -1,7 +1,6 @@
 """Pictures out: tensors to PIL images, contact sheets, and PNG files that are whole or not there."""
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +9,8 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+
+from minibooth.checkpoint import files
 
 GAP = 4  # pixels between the pictures of a grid
 
@@ -40,9 +41,5 @@ def save_png(image: Image.Image, path: Path, metadata: Mapping[str, str]) -> Non
     chunks = PngInfo()
     for key, text in metadata.items():
         chunks.add_text(key, text)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with files.replacing(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=chunks)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

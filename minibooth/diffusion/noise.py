@@ -33,7 +33,7 @@ def generator(seed: int, *key: int | str) -> torch.Generator:
 
 @contextlib.contextmanager
 def seeded(device: torch.device, seed: int, *key: int | str) -> Iterator[None]:
-    """Torch's global randomness as `generator(seed, *key)` has it, then as it was before: for dropout, which takes no other."""
+    """Within, torch's global generators are seeded by (seed, *key), since dropout takes no other; then as they were."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(generator(seed, *key).initial_seed())
         yield

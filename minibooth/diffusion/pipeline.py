@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minibooth.checkpoint import lora as lora_files
-from minibooth.checkpoint.load import Source
+from minibooth.checkpoint.load import SCHEDULE, Source
 from minibooth.diffusion.noise import Generators
 from minibooth.diffusion.samplers import Predict, calls, trajectory
 from minibooth.diffusion.scheduler import DDPMScheduler
@@ -41,7 +41,7 @@ class Pipeline:
     beside = 0  # channels that the UNet sees besides the latent
     half_vae = True  # whether the VAE is left in fp16 where its configuration says that it overflows there
 
-    def __init__(self, source: Source, dtype: torch.dtype, device: torch.device | str, prediction_type: str | None = None):
+    def __init__(self, source: Source, dtype: torch.dtype, device: torch.device | str):
         self.source = source
         for name in source.weights:
             setattr(self, name, source.build(name, dtype, device))
@@ -53,8 +53,7 @@ class Pipeline:
             raise UserError(f"{source.name} is {kind}: its UNet takes {channels} channels")
         if dtype == torch.float16 and self.vae.config.force_upcast and not self.half_vae:
             self.vae.float()
-        schedule = source.json("scheduler/scheduler_config.json")
-        self.scheduler = DDPMScheduler.from_config(schedule | ({"prediction_type": prediction_type} if prediction_type else {}))
+        self.scheduler = DDPMScheduler.from_config(source.json(SCHEDULE))
         self.tokenizer = source.tokenizer()
 
     @property

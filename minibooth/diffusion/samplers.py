@@ -15,6 +15,7 @@ Letters: a, the scheduler's alphas_cumprod at some time, a Python float; e, unit
 x is sqrt(a) x0 + sqrt(1 - a) e, what the network sees; in euler and euler_a x0 + sigma e, which is that over sqrt(a).
 """
 
+import functools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -105,9 +106,13 @@ def pndm(predict: Predict, x: Tensor, scheduler: DDPMScheduler, steps: int, nois
         yield x
 
 
-def _euler(
-    predict: Predict, x: Tensor, scheduler: DDPMScheduler, steps: int, noise: Noise, ancestral: bool
+def euler(
+    predict: Predict, x: Tensor, scheduler: DDPMScheduler, steps: int, noise: Noise, ancestral: bool = False
 ) -> Iterator[Tensor]:
+    """Euler's method for dx/dsigma = (x - x0) / sigma; yields x0 + sigma e, of which the last is x0.
+
+    Ancestral: each step goes past its mark, and fresh noise brings x back up to it.
+    """
     levels = [math.sqrt(1 / (a or TINY) - 1) for a in scheduler.alphas_cumprod.tolist()] + [0.0]
     times = scheduler.times(steps).float().tolist()  # float32, as the network sees it
     sigmas = [levels[int(t)] + (t % 1) * (levels[int(t) + 1] - levels[int(t)]) for t in times] + [0.0]
@@ -118,21 +123,10 @@ def _euler(
         seen = x * math.sqrt(a)
         x0, _ = _split(seen, _ask(predict, seen, t), a, scheduler)
         ratio = end / sigma
-        # Ancestral: go further down, to end * ratio, and add noise up to `end` again.
-        x = x0 + (x - x0) * (ratio**2 if ancestral else ratio)
+        x = x0 + (x - x0) * (ratio**2 if ancestral else ratio)  # ancestral: further down, to end * ratio
         if ancestral:
             x = x + end * math.sqrt(1 - ratio**2) * noise()
         yield x
-
-
-def euler(predict: Predict, x: Tensor, scheduler: DDPMScheduler, steps: int, noise: Noise) -> Iterator[Tensor]:
-    """Euler's method for dx/dsigma = (x - x0) / sigma; yields x0 + sigma e, of which the last is x0."""
-    return _euler(predict, x, scheduler, steps, noise, ancestral=False)
-
-
-def euler_a(predict: Predict, x: Tensor, scheduler: DDPMScheduler, steps: int, noise: Noise) -> Iterator[Tensor]:
-    """Euler's steps past the mark and fresh noise back up to it; yields x0 + sigma e, of which the last is x0."""
-    return _euler(predict, x, scheduler, steps, noise, ancestral=True)
 
 
 def dpmpp_2m(predict: Predict, x: Tensor, scheduler: DDPMScheduler, steps: int, noise: Noise) -> Iterator[Tensor]:
@@ -154,7 +148,8 @@ def dpmpp_2m(predict: Predict, x: Tensor, scheduler: DDPMScheduler, steps: int, 
 
 
 SAMPLERS: dict[str, Callable[..., Iterator[Tensor]]] = {
-    "ddpm": ddpm, "ddim": ddim, "pndm": pndm, "euler": euler, "euler_a": euler_a, "dpmpp_2m": dpmpp_2m,
+    "ddpm": ddpm, "ddim": ddim, "pndm": pndm, "euler": euler,
+    "euler_a": functools.partial(euler, ancestral=True), "dpmpp_2m": dpmpp_2m,
 }  # fmt: skip
 
 # Where the steps go if the schedule's file does not say: as in diffusers, some samplers spread them from end to end.

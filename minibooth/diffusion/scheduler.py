@@ -47,15 +47,6 @@ IGNORED = frozenset({
 })  # fmt: skip
 
 
-def _linear(start: float, end: float, T: int) -> Tensor:
-    return torch.linspace(start, end, T)
-
-
-def _scaled_linear(start: float, end: float, T: int) -> Tensor:
-    """What LDM's own files call "linear"."""
-    return torch.linspace(start**0.5, end**0.5, T) ** 2
-
-
 def _cosine(start: float, end: float, T: int) -> Tensor:
     """Nichol & Dhariwal 2021 (arXiv 2102.09672) eq. 17; start and end play no part."""
     a = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -63,8 +54,10 @@ def _cosine(start: float, end: float, T: int) -> Tensor:
 
 
 BETAS: dict[str, Callable[[float, float, int], Tensor]] = {
-    "linear": _linear, "scaled_linear": _scaled_linear, "squaredcos_cap_v2": _cosine,
-}  # fmt: skip
+    "linear": torch.linspace,
+    "scaled_linear": lambda start, end, T: torch.linspace(start**0.5, end**0.5, T) ** 2,  # LDM's own files call it "linear"
+    "squaredcos_cap_v2": _cosine,
+}
 
 
 def _zero_terminal_snr(betas: Tensor) -> Tensor:
@@ -74,24 +67,13 @@ def _zero_terminal_snr(betas: Tensor) -> Tensor:
     return 1 - a / torch.cat([torch.ones(1), a[:-1]])
 
 
-def _leading(T: int, steps: int, offset: int) -> Tensor:
-    return torch.arange(steps, dtype=torch.float64).flip(0) * (T // steps) + offset
-
-
-def _trailing(T: int, steps: int, offset: int) -> Tensor:
-    stride = (T - T / steps) - T  # not -T / steps: the last bit decides how halves round, and this is numpy's arange
-    return (T + torch.arange(steps, dtype=torch.float64) * stride).round() - 1
-
-
-def _linspace(T: int, steps: int, offset: int) -> Tensor:
-    return (torch.arange(steps, dtype=torch.float64).flip(0) * ((T - 1) / max(steps - 1, 1))).clamp(max=T - 1)
-
-
-SPACINGS: dict[str, Callable[[int, int, int], Tensor]] = {
-    "leading": _leading, "trailing": _trailing, "linspace": _linspace,
-}  # fmt: skip
-
-
+# Timesteps from T, the number of steps n, `steps_offset` and i = 0 .. n - 1, float64. In trailing the stride is not -T / n:
+# its last bit decides how halves round, and this is numpy's arange.
+SPACINGS: dict[str, Callable[[int, int, int, Tensor], Tensor]] = {
+    "leading": lambda T, n, offset, i: i.flip(0) * (T // n) + offset,
+    "trailing": lambda T, n, offset, i: (T + i * ((T - T / n) - T)).round() - 1,
+    "linspace": lambda T, n, offset, i: (i.flip(0) * ((T - 1) / max(n - 1, 1))).clamp(max=T - 1),
+}
 CHOICES: dict[str, Iterable[str]] = dict(
     beta_schedule=BETAS, timestep_spacing=SPACINGS, prediction_type=("epsilon", "v_prediction"),
     variance_type=("fixed_small", "fixed_small_log", "fixed_large"),
@@ -190,7 +172,8 @@ class DDPMScheduler:
         T = self.num_train_timesteps
         if not 1 <= steps <= T:
             raise UserError(f"cannot place {steps} steps on a schedule of {T} timesteps: take 1 to {T}")
-        times = SPACINGS[self.timestep_spacing](T, steps, self.steps_offset)
+        numbers = torch.arange(steps, dtype=torch.float64)
+        times = SPACINGS[self.timestep_spacing](T, steps, self.steps_offset, numbers)
         if times[0] > T - 1:
             offset = f"steps_offset={self.steps_offset}"
             raise UserError(f"{steps} steps with {offset} start past the schedule's last timestep, {T - 1}: take fewer")

@@ -68,8 +68,8 @@ class StableDiffusionUpscale(Pipeline):
     beside = 3
     half_vae = False
 
-    def __init__(self, source: Source, dtype: torch.dtype, device: torch.device | str, prediction_type: str | None = None):
-        super().__init__(source, dtype, device, prediction_type)
+    def __init__(self, source: Source, dtype: torch.dtype, device: torch.device | str):
+        super().__init__(source, dtype, device)
         if not self.unet.config.num_class_embeds:
             raise UserError(f"{source.name} is no x4-upscaler: its UNet knows no noise level (num_class_embeds)")
         self.low_res_scheduler = DDPMScheduler.from_config(source.json("low_res_scheduler/scheduler_config.json"))

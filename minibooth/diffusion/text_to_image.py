@@ -100,8 +100,8 @@ class StableDiffusionXL(StableDiffusion):
     sampler = "euler"
     half_vae = False
 
-    def __init__(self, source: Source, dtype: torch.dtype, device: torch.device | str, prediction_type: str | None = None):
-        super().__init__(source, dtype, device, prediction_type)
+    def __init__(self, source: Source, dtype: torch.dtype, device: torch.device | str):
+        super().__init__(source, dtype, device)
         self.tokenizer_2 = source.tokenizer("tokenizer_2")
 
     def tokens(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
@@ -112,7 +112,7 @@ class StableDiffusionXL(StableDiffusion):
 
     def encode(self, ids: Tensor, ids_2: Tensor, sizes: Tensor) -> Condition:  # type: ignore[override]
         """The UNet's conditioning: context [B, N, D1 + D2], pooled [B, P], and the sizes [B, 6]."""
-        (first, _), (second, pooled) = self.text_encoder.penultimate(ids), self.text_encoder_2.penultimate(ids_2)
+        (first, _), (second, pooled) = self.text_encoder.states_and_pooled(ids), self.text_encoder_2.states_and_pooled(ids_2)
         return torch.cat([first, second], dim=-1).to(self.dtype), pooled.to(self.dtype), sizes
 
     def unconditional(self, negative_prompts: Sequence[str] | None) -> Condition:

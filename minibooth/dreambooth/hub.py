@@ -73,8 +73,7 @@ def push(settings: Settings, repository: huggingface_hub.RepoUrl) -> None:
     """Upload --output_dir with a model card. Raises UserError if that fails."""
     folder = Path(settings.output_dir)
     with refusals(f"the model is in {folder}, but could not be uploaded"):
-        with files.replacing(folder / "README.md") as temporary:
-            temporary.write_text(model_card(settings, repository.repo_id))
+        files.write_text(folder / "README.md", model_card(settings, repository.repo_id))
         huggingface_hub.HfApi(token=settings.hub_token).upload_folder(
             repo_id=repository.repo_id,
             folder_path=folder,

@@ -41,22 +41,19 @@ class Journal:
 
         python: the command that starts the run's processes.
         """
-        settings = dataclasses.asdict(self.settings) | {"hub_token": None, "resume_from_checkpoint": None}
-        given = {name: value for name, value in settings.items() if value != Settings.__dataclass_fields__[name].default}
-        words = [word for name, value in given.items() for word in (f"--{name}", *words_of(value))]
+        again = dataclasses.replace(self.settings, hub_token=None, resume_from_checkpoint=None)
+        words = [word for name, value in again.given().items() for word in (f"--{name}", *words_of(value))]
         run = {
             "command": shlex.join([*python.split(), "-m", "minibooth.train", *words]),
-            "settings": settings,
+            "settings": dataclasses.asdict(again),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }
-        with files.replacing(self.folder / "run.json") as temporary:
-            temporary.write_text(json.dumps(run, indent=2) + "\n")
+        files.write_text(self.folder / "run.json", json.dumps(run, indent=2) + "\n")
         for unfinished in self.folder.glob(".checkpoint-*"):
             shutil.rmtree(unfinished)
         metrics = self.folder / "metrics.jsonl"
         kept = [line for line in metrics.read_text().splitlines() if _step_of(line) <= step] if metrics.exists() else []
-        with files.replacing(metrics) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in kept))
+        files.write_text(metrics, "".join(f"{line}\n" for line in kept))
 
     def log(self, **values: float) -> None:
         """Append a line to metrics.jsonl."""

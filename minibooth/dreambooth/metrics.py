@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from minibooth.checkpoint import files
-from minibooth.checkpoint.load import Component, Source, Uninitialised, snapshot
+from minibooth.checkpoint.load import Component, Uninitialised, fill, snapshot
 from minibooth.dreambooth.data import open_picture
 from minibooth.errors import UserError
 from minibooth.models.config import CLIPConfig, ViTConfig
@@ -81,10 +81,7 @@ class Eyes:
         folder = Path(source)
         if not folder.is_dir():
             name, _, revision = str(source).partition("@")
-            try:
-                folder = snapshot(name, ["*.json", "*.txt", "model*.safetensors"], revision or None)
-            except OSError as error:
-                raise UserError(f"{source} is no folder here, and could not be had from the hub ({error})") from None
+            folder = snapshot(name, ["*.json", "*.txt", "model*.safetensors"], revision or None)
         config = files.read_json(folder / "config.json")
         if (found := config.get("model_type")) not in ([kind] if kind else ENCODERS):
             wanted = f"needed is {kind}" if kind else f"supported: {', '.join(ENCODERS)}"
@@ -139,7 +136,7 @@ class Watch:
 
 
 def open_lpips(path: str | Path, device: torch.device | str = "cpu") -> LPIPS:
-    """The distance that `diversity` takes, of a safetensors file (see LPIPS); in fp32."""
+    """LPIPS from a safetensors file, as the distance that `diversity` takes; in fp32."""
     return _assemble(LPIPS, files.Tensors([Path(path)]), path, torch.float32, device)
 
 
@@ -149,4 +146,4 @@ def _assemble(
     """A network with its weights, in eval mode. Raises UserError at the first name or shape that differs."""
     with torch.device("meta"), Uninitialised():
         network = make()
-    return Source(str(name), {}, {"model": weights}).fill("model", network, dtype, device)
+    return fill(network, weights, f"{name}: model", dtype, device)

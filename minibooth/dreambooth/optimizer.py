@@ -24,7 +24,7 @@ from minibooth.dreambooth.parallel import shard
 
 SIGNED = {"exp_avg": True, "exp_avg_sq": False}  # the two moments
 BLOCK, SMALLEST = 2048, 4096  # elements that share a scale; elements of the smallest parameter with moments in 8 bits
-STRIDE = 0x9E3779B1 - (1 << 32)  # between the keys of one step and the next: far, all 2^32 in turn
+STRIDE = 0x9E3779B1 - (1 << 32)  # added to the key at each step: far, and odd, so that 2^32 steps have as many keys
 SLICE = collections.defaultdict(lambda: 1 << 20, cpu=1 << 18)  # elements updated at a time: worth a launch; within a cache
 
 
@@ -32,7 +32,8 @@ class AdamW(torch.optim.Optimizer):
     """torch.optim.AdamW: its numbers, where weights and moments are in fp32.
 
     With `eight_bit`, parameters of SMALLEST elements or more, if they are whole blocks, keep their moments in 8 bits. Those in
-    bf16 are updated in fp32 and rounded up or down at random, by `seed`, step and place alone: right in the mean.
+    bf16 are updated in fp32 and rounded up or down at random, so that the mean is right; the random bits depend on `seed`,
+    step and place alone.
     """
 
     def __init__(

@@ -18,7 +18,7 @@ from minibooth.checkpoint import files
 from minibooth.checkpoint.load import SCHEDULE, Source
 from minibooth.diffusion.images import save_png
 from minibooth.diffusion.text_to_image import StableDiffusion
-from minibooth.dreambooth.data import find_pictures, is_picture
+from minibooth.dreambooth.data import is_picture
 from minibooth.dreambooth.settings import Settings
 from minibooth.dreambooth.stages import VALIDATION
 
@@ -52,8 +52,7 @@ class Drawings:
 def draw(sets: Sequence[Drawings], pipe: StableDiffusion, batch_size: int, name: str) -> None:
     """Draw what is missing in sets that differ by their prompts alone, and keep each picture as soon as it is there."""
     for each in (each for each in sets if each.missing):
-        with files.replacing(each.folder / "manifest.json") as temporary:
-            temporary.write_text(json.dumps(each.manifest, indent=2) + "\n")
+        files.write_text(each.folder / "manifest.json", json.dumps(each.manifest, indent=2) + "\n")
     manifest, todo = sets[0].manifest, [(each, seed) for each in sets for seed in each.missing]
     negative, side = manifest.get("negative_prompt"), manifest["resolution"]
     how = {setting: manifest[setting] for setting in DRAWING}
@@ -76,7 +75,7 @@ class ClassPictures(Drawings):
     def __init__(self, settings: Settings, source: Source, dtype: torch.dtype):
         self.settings = settings
         folder = Path(settings.class_data_dir or Path(settings.output_dir) / "class")
-        own = find_pictures(folder)[0] if folder.is_dir() and any(map(is_picture, folder.iterdir())) else []
+        own = [path for path in sorted(folder.glob("*")) if is_picture(path)]
         chosen = {"prompt": settings.class_prompt, "resolution": settings.resolution}
         chosen |= {"guidance_scale": settings.class_guidance_scale}
         manifest = origin(source, source.weights, dtype) | DRAWING | chosen

@@ -102,8 +102,7 @@ def write(folder: Path) -> None:
         others="".join(chart({name: every[name]}, 350, 150, stops.get(name)) for name in others),
         stop=tagged("p", (f"By {name}, stop at step {n}: first at {SHARE:.0%} of its rise." for name, n in stops.items())),
     )  # fmt: skip
-    with files.replacing(folder / "report.html") as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    files.write_text(folder / "report.html", page)
 
 
 def columns(path: Path) -> dict[str, list[tuple[float, float]]]:

@@ -158,11 +158,14 @@ class Settings:
             if there:
                 raise UserError(problem)
 
+    def given(self) -> dict[str, Any]:
+        """What is not as it is by default."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+
     def notes(self) -> list[str]:
         """A line for each flag that was given and has no effect."""
-        given = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
-        silent = [f for f in given if f.metadata["help"].startswith("without effect")]
-        return [f"--{f.name}: {f.metadata['help']}" for f in silent]
+        said = {f.name: f.metadata["help"] for f in dataclasses.fields(self) if f.name in self.given()}
+        return [f"--{name}: {help}" for name, help in said.items() if help.startswith("without effect")]
 
     def samples(self, processes: int) -> int:
         """The subject's samples in a step."""

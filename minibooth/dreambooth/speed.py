@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from minibooth.dreambooth.parallel import BLOCKS
 from minibooth.dreambooth.settings import Settings
 
-KINDS = 256  # of blocks, by shapes and settings, at most; SD 1 has 18, as many again to draw with, and for each size of a batch
+MOST_KINDS = (
+    256  # of blocks, by shapes and settings, at most; SD 1 has 18, as many again to draw with, and for each size of a batch
+)
 
 
 def compilable(settings: Settings, device: torch.device, pays: bool = False) -> bool:
@@ -45,7 +47,7 @@ def replayable(settings: Settings, device: torch.device) -> bool:
 
 def blocks(network: nn.Module) -> None:
     """Compile a network's blocks, in place."""
-    torch._dynamo.config.recompile_limit = KINDS
+    torch._dynamo.config.recompile_limit = MOST_KINDS
     torch._dynamo.config.optimize_ddp = False  # which would cut them
     for part in network.modules():
         if isinstance(part, BLOCKS):
@@ -83,7 +85,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Likewise."""
+    """As `GroupNorm`: in its input's precision."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):

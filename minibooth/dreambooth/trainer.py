@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -28,7 +29,7 @@ from minibooth.checkpoint.load import Source
 from minibooth.diffusion import load
 from minibooth.diffusion.images import grid, save_png
 from minibooth.diffusion.noise import generator, seeded
-from minibooth.diffusion.text_to_image import Condition
+from minibooth.diffusion.pipeline import Condition
 from minibooth.dreambooth import report, speed, stages
 from minibooth.dreambooth.data import find_pictures
 from minibooth.dreambooth.identifier import doubts
@@ -49,26 +50,23 @@ SAME = "rank", "lora_targets", "train_text_encoder", "use_8bit_adam", "full_bf16
 
 
 class Trainer:
-    """One run of Settings on `device`, in `dtype`: by autocast, unless all weights are in it. Class pictures in `prior_dtype`.
+    """One run of Settings on `device`.
 
-    Where it is one of many processes, `ranks` knows of the others.
+    Networks compute in `dtype`, under autocast unless all weights are in it; class pictures are drawn in `prior_dtype`. Where
+    this is one of many processes, `ranks` knows of the others.
 
     Raises UserError for whatever would stop the run later and can be known now.
     """
 
     def __init__(
-        self,
-        settings: Settings,
-        device: torch.device,
-        dtype: torch.dtype,
-        prior_dtype: torch.dtype,
-        ranks: Ranks | None = None,
+        self, settings: Settings, device: torch.device, dtype: torch.dtype, prior_dtype: torch.dtype, ranks: Ranks | None = None
     ):
         settings.check()
         self.device, self.dtype, self.ranks = device, dtype, ranks or Ranks(device)
         self.journal = Journal(settings)
         self.resumed = self.journal.to_resume()
-        state = files.read_json(self.resumed / "state.json") if self.resumed else {"step": 0}
+        self.state: dict[str, Any] = files.read_json(self.resumed / "state.json") if self.resumed else {"step": 0}
+        state = self.state
         for name in SAME:
             if (begun := state.get(name, getattr(settings, name))) != getattr(settings, name):
                 there = f"with --{name}" + f" {begun}" * (begun is not True) if begun else f"without --{name}"
@@ -80,8 +78,8 @@ class Trainer:
         self.settings = s = self.journal.settings = dataclasses.replace(settings, seed=self.seed)
 
         pictures, self.skipped = find_pictures(Path(s.instance_data_dir))
-        how = s.variant, s.revision, s.tokenizer
-        self.pipe = load(Source.open(s.pretrained_model_name_or_path, *how, prediction_type=s.prediction_type))
+        how = {name: getattr(s, name) for name in ("variant", "revision", "tokenizer", "prediction_type")}
+        self.pipe = load(Source.open(s.pretrained_model_name_or_path, **how))
         self.stage = stages.of(self.pipe)(s, self.pipe, pictures)
         self.watch = Watch(s.metrics_model, pictures, device) if s.metrics_model and s.validation_prompt else None
         self.sets, self.prompts = [Latents("subject", pictures, self.stage, self.seed)], [s.instance_prompt]
@@ -103,7 +101,7 @@ class Trainer:
             speed.draw_faster(pipe, s, self.device)
             self.prior.draw(pipe, self.ranks.number, self.ranks.count)
             del pipe
-            gc.collect()  # its UNet holds what was made of it, and that the UNet
+            gc.collect()  # the UNet and its Graph hold each other: nothing else frees their memory
             self.ranks.wait()
         self.weights.place(self.device, self.dtype)
         if self.ranks.shards == 1:
@@ -123,10 +121,10 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = torch.zeros((), device=self.device)
             self.update = speed.Graph(self.update)  # type: ignore[method-assign]
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         if self.resumed:
             restore(self.optimizer, self.trained, files.Tensors([self.resumed / "optimizer.safetensors"]))
-            if scale := files.read_json(self.resumed / "state.json")["scaler"]:  # empty where it was not in fp16
+            if scale := self.state["scaler"]:  # empty where it was not in fp16
                 self.scaler.load_state_dict(scale)
 
     def compile(self) -> None:
@@ -206,54 +204,10 @@ class Trainer:
             raise UserError(f"the loss is {found['loss']} at step {step + 1}: lower --learning_rate or use bf16; {remedy}")
         return found
 
-    def update(self, *batches: Tensor) -> Tensor:
-        """All that a device does in a step on one or more `batch`es, one after the other: [loss, subject, prior], means.
-
-        From the same tensors always the same operations, and nothing is read back, so that it can be a graph.
-        """
-        s, parts = self.settings, self.settings.gradient_accumulation_steps
-        size, total = len(batches) // parts, torch.zeros(3, device=self.device)
-        for part in range(parts):
-            with contextlib.nullcontext() if part + 1 == parts else self.networks.no_sync():
-                losses = self.networks(self.losses, *batches[part * size : (part + 1) * size])
-                self.scaler.scale(losses["loss"] / parts).backward()
-            total += torch.stack([x.detach() for x in losses.values()]) / parts
-        self.scaler.unscale_(self.optimizer)
-        if s.max_grad_norm:
-            nn.utils.clip_grad_norm_((p for module in self.trained.values() for p in module.parameters()), s.max_grad_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        return total
-
-    def numbers(self, batch: int) -> range:
-        """Of the samples in the run's `batch`-th batch, those of this rank."""
-        first = (batch * self.ranks.count + self.ranks.number) * self.settings.train_batch_size
-        return range(first, first + self.settings.train_batch_size)
-
     def batch(self, batch: int) -> tuple[Tensor, ...]:
         """This rank's part of the run's `batch`-th batch, on the device: B subject samples, then B class samples."""
         samples = [self.sample(latents, n) for latents in self.sets for n in self.numbers(batch)]
         return tuple(torch.cat(column).to(self.device) for column in zip(*samples, strict=True))
-
-    def losses(self, x0: Tensor, noise: Tensor, t: Tensor, *told: Tensor) -> dict[str, Tensor]:
-        """The objective on a `batch`."""
-        with self.autocast():
-            condition = self.condition or self.pipe.encode(*self.tokens)
-            condition = tuple(each.repeat_interleave(len(x0) // len(self.sets), dim=0) for each in condition)
-            return self.objective(x0, noise, t, condition, *told)
-
-    def autocast(self) -> torch.autocast:
-        """Into the working precision, where some weights are kept in another."""
-        needed = self.dtype != torch.float32 and not self.settings.full_bf16
-        return torch.autocast(self.device.type, self.dtype, enabled=needed)
-
-    def objective(self, x0: Tensor, noise: Tensor, t: Tensor, condition: Condition, *told: Tensor) -> dict[str, Tensor]:
-        """The loss of a batch and its parts; on tensors alone, so that it can be compiled as one graph."""
-        s, scheduler = self.settings, self.pipe.scheduler
-        prediction = self.stage.predict(scheduler.add_noise(x0, noise, t), t, condition, *told)
-        weight = s.prior_loss_weight if s.with_prior_preservation else None
-        return dreambooth_loss(prediction, scheduler.target(x0, noise, t), t, scheduler, weight, s.snr_gamma)
 
     def sample(self, latents: Latents, n: int) -> tuple[Tensor, ...]:
         """The run's n-th sample: latent x0 and noise [1, Z, h, w], timestep [1], and what else the UNet is told, [1, ...].
@@ -268,6 +222,47 @@ class Trainer:
         if self.settings.offset_noise:
             noise = noise + OFFSET_NOISE * torch.randn(*x0.shape[:2], 1, 1, generator=rng)
         return x0, noise, t, *self.stage.tell(known, rng)
+
+    def numbers(self, batch: int) -> range:
+        """Of the samples in the run's `batch`-th batch, those of this rank."""
+        first = (batch * self.ranks.count + self.ranks.number) * self.settings.train_batch_size
+        return range(first, first + self.settings.train_batch_size)
+
+    def update(self, *batches: Tensor) -> Tensor:
+        """All that a device does in a step on one or more `batch`es, one after the other: [loss, subject, prior], means.
+
+        From the same tensors always the same operations, and nothing is read back, so that it can be a graph.
+        """
+        s, parts = self.settings, self.settings.gradient_accumulation_steps
+        size, total = len(batches) // parts, torch.zeros(3, device=self.device)
+        for part in range(parts):
+            with contextlib.nullcontext() if part + 1 == parts else self.networks.no_sync():
+                # `losses`, called through what DDP or FSDP made of the networks, so that they see a forward pass
+                losses = self.networks(self.losses, *batches[part * size : (part + 1) * size])
+                self.scaler.scale(losses["loss"] / parts).backward()
+            total += torch.stack([x.detach() for x in losses.values()]) / parts
+        self.scaler.unscale_(self.optimizer)
+        if s.max_grad_norm:
+            nn.utils.clip_grad_norm_((p for module in self.trained.values() for p in module.parameters()), s.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return total
+
+    def losses(self, x0: Tensor, noise: Tensor, t: Tensor, *told: Tensor) -> dict[str, Tensor]:
+        """The objective on a `batch`, and its parts."""
+        s, scheduler = self.settings, self.pipe.scheduler
+        with self.autocast():
+            condition = self.condition or self.pipe.encode(*self.tokens)
+            condition = tuple(each.repeat_interleave(len(x0) // len(self.sets), dim=0) for each in condition)
+            prediction = self.stage.predict(scheduler.add_noise(x0, noise, t), t, condition, *told)
+            weight = s.prior_loss_weight if s.with_prior_preservation else None
+            return dreambooth_loss(prediction, scheduler.target(x0, noise, t), t, scheduler, weight, s.snr_gamma)
+
+    def autocast(self) -> torch.autocast:
+        """Into the working precision, where some weights are kept in another."""
+        needed = self.dtype != torch.float32 and not self.settings.full_bf16
+        return torch.autocast(self.device.type, self.dtype, enabled=needed)
 
     def set_learning_rates(self, step: int) -> list[float]:
         """Give the optimizer this step's rates, one per trained network."""
@@ -290,22 +285,20 @@ class Trainer:
         if not s.validation_prompt:
             return
         self.networks.eval()  # no dropout
-        with (
-            self.autocast(),
-            torch.compiler.set_stance("force_eager"),
-        ):  # other shapes than a step's: a graph that is seldom needed
+        with self.autocast(), torch.compiler.set_stance("force_eager"):  # other shapes than a step's, and seldom
             rows = self.networks(self.show)
         self.networks.train()
         if not self.ranks.first:
             return
+        of_class = rows.pop() if self.watch and s.class_prompt else []
+        pictures = [picture for row in rows for picture in row]
         if self.watch:
-            of_class = rows.pop() if s.class_prompt else []
-            self.journal.log(step=step, **self.watch.look([picture for row in rows for picture in row], of_class))
+            self.journal.log(step=step, **self.watch.look(pictures, of_class))
         about = {"prompt": s.validation_prompt, "step": str(step), "seed": str(self.seed)}
         about |= {"caption": self.stage.caption} if self.stage.caption else {}
         path = self.journal.folder / "samples" / f"step-{step}.png"
         path.parent.mkdir(exist_ok=True)
-        save_png(grid([picture for row in rows for picture in row], columns=len(rows[0])), path, about)
+        save_png(grid(pictures, columns=len(rows[0])), path, about)
         before = path.with_name("step-0.png")
         if step == self.steps and before.exists():
             save_png(grid([Image.open(before), Image.open(path)], columns=2), path.with_name("before-after.png"), about)
@@ -360,10 +353,8 @@ class Trainer:
         rows = [
             ("model", f"{self.pipe.source.name}, predicts {self.pipe.scheduler.prediction_type}"),
             ("trains", ", ".join(trained)),
-            (
-                "steps",
-                f"{self.start} to {self.steps}, batch {batch}, {s.resolution} px, learning rate {s.learning_rate:g}",
-            ),
+            ("steps", f"{self.start} to {self.steps}, batch {batch}, {s.resolution} px"),
+            ("rate", f"{s.learning_rate:g}, {s.lr_scheduler}"),
             ("device", f"{self.device}, {str(self.dtype).removeprefix('torch.')}"),
             ("memory", f"{memory / 2**30:.1f} GiB of weights, gradients and moments, besides activations"),
             *((latents.name, f"{len(latents.pictures)} pictures") for latents in self.sets),

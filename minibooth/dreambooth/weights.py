@@ -1,6 +1,5 @@
 """The networks of a run: which of them train, or what LoRA in them; where they lie, what they take, and how they are kept."""
 
-import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -23,14 +22,7 @@ from minibooth.models.blocks import Transformer
 from minibooth.models.lora import Adapter
 
 KOHYA = "kohya.safetensors"  # a checkpoint's LoRA, with every bit
-
-
-@dataclasses.dataclass
-class Learnt:
-    """What training changed, whole, by network: the weights of those that train, or else their LoRA."""
-
-    weights: dict[str, dict[str, Tensor]]
-    adapters: lora_files.Adapters
+Learnt = dict[str, dict[str, Any]]  # what training changed, by network and name: tensors, or in a LoRA's run adapters
 
 
 class Weights:
@@ -59,10 +51,8 @@ class Weights:
         return made
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Bring every network to the device: in the working precision `dtype`, but where it trains, in that of the weights
-        that are kept (from the checkpoint, if any).
-
-        With a LoRA, that alone is what trains.
+        """Bring every network to the device. One that trains has its weights in fp32 (with --full_bf16 in bf16), from the
+        checkpoint, if there is one; all others are in `dtype`. With a LoRA that alone trains.
         """
         kept = torch.bfloat16 if self.settings.full_bf16 else torch.float32
         for name, network in self.pipe.networks.items():
@@ -105,19 +95,20 @@ class Weights:
     def learnt(self, ranks: Ranks) -> Learnt:
         """Whole on the first rank."""
         if not self.lora:
-            return Learnt({name: ranks.whole(network.state_dict()) for name, network in self.trained.items()}, {})
+            return {name: ranks.whole(network.state_dict()) for name, network in self.trained.items()}
 
         def whole(x: Adapter) -> Adapter:
             both = ranks.whole({"down": x.down, "up": x.up})
             return Adapter(both["down"], both["up"], x.alpha)
 
-        return Learnt({}, {name: {layer: whole(x) for layer, x in made.items()} for name, made in self.lora.items()})
+        return {name: {layer: whole(x) for layer, x in made.items()} for name, made in self.lora.items()}
 
     def write_checkpoint(self, folder: Path, learnt: Learnt, steps: int) -> None:
         """With every bit, as `place` and `adapters` read it."""
-        if learnt.adapters:
-            lora_files.write(folder, KOHYA, learnt.adapters, self.about(steps))
-        for name, tensors in learnt.weights.items():
+        if self.lora:
+            lora_files.write(folder, KOHYA, learnt, self.about(steps))
+            return
+        for name, tensors in learnt.items():
             files.write_weights(folder / name / f"{COMPONENTS[name].stem}.safetensors", tensors)
             (folder / name / "config.json").write_bytes(self.pipe.source.files[f"{name}/config.json"])
 
@@ -130,10 +121,10 @@ class Weights:
     def write(self, learnt: Learnt, steps: int) -> None:
         """The result: the whole pipeline, or diffusers' file and kohya's of a LoRA."""
         folder = Path(self.settings.output_dir)
-        if learnt.adapters:
-            lora_files.write(folder, f"{folder.resolve().name}.safetensors", learnt.adapters, self.about(steps))
+        if self.lora:
+            lora_files.write(folder, f"{folder.resolve().name}.safetensors", learnt, self.about(steps))
             return
-        self.pipe.source.save(self.result, learnt.weights)  # the others as they were read, whatever they computed in
+        self.pipe.source.save(self.result, learnt)  # the others as they were read, whatever they computed in
         if self.result != folder:  # what a single file lacks
             self.pipe.source.save_vocabulary(folder)
 
@@ -156,7 +147,7 @@ class Weights:
 class Recomputed(nn.Module):
     """A part that forgets what it computed and does it again: gradient checkpointing, Chen et al. 2016."""
 
-    dropout = False  # whether it takes random numbers, the same again
+    dropout = False  # whether the second time the same random numbers are needed
 
     def forward(self, *args: Tensor) -> Tensor:
         return checkpoint(super().forward, *args, use_reentrant=False, preserve_rng_state=self.dropout)

@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from minibooth.models import ops
+from minibooth.models.config import UNetConfig
 
 
 class ResnetBlock(nn.Module):
@@ -115,15 +116,15 @@ class Transformer(nn.Module):
     `linear` projects as linear layers over tokens (SD 2 and later), otherwise as 1x1 convolutions over the map (SD 1).
     """
 
-    def __init__(
-        self, width: int, heads: int, context_width: int, groups: int, depth: int, linear: bool, upcast: bool, cross: bool
-    ):
+    def __init__(self, config: UNetConfig, level: int, cross: bool):
         super().__init__()
-        self.linear = linear
-        self.norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.linear = linear = config.use_linear_projection
+        width, heads = config.block_out_channels[level], config.per_level(config.attention_head_dim)[level]
+        depth = config.per_level(config.transformer_layers_per_block)[level]
+        self.norm = nn.GroupNorm(config.norm_num_groups, width, eps=1e-6)
         self.proj_in = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
-        blocks = (TransformerBlock(width, heads, context_width, upcast, cross) for _ in range(depth))
-        self.transformer_blocks = nn.ModuleList(blocks)
+        shape = width, heads, config.cross_attention_dim, config.upcast_attention, cross
+        self.transformer_blocks = nn.ModuleList(TransformerBlock(*shape) for _ in range(depth))
         self.proj_out = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:

@@ -29,6 +29,8 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two linear layers, with an activation in between."""
+
     def __init__(self, width: int, inner: int, activation: str):
         super().__init__()
         self.activation = ops.ACTIVATIONS[activation]
@@ -68,6 +70,8 @@ class Embeddings(nn.Module):
 
 
 class Encoder(nn.Module):
+    """The layers, one after the other."""
+
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
@@ -102,7 +106,7 @@ class TextModel(nn.Module):
 
 
 class CLIPText(nn.Module):
-    """text_encoder(token ids [B, N]) -> [B, N, D]; XL takes `penultimate` instead."""
+    """text_encoder(token ids [B, N]) -> [B, N, D]; XL takes `states_and_pooled` instead."""
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
@@ -114,7 +118,7 @@ class CLIPText(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         return self.text_model(ids)[1]
 
-    def penultimate(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def states_and_pooled(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """`TextModel.pooled`, what is pooled [B, D or P] projected where the encoder has a projection."""
         states, pooled = self.text_model.pooled(ids)
         return states, self.text_projection(pooled) if hasattr(self, "text_projection") else pooled

@@ -11,6 +11,9 @@ from typing import Any, ClassVar, Self
 from minibooth.errors import UserError
 from minibooth.models import ops
 
+# The UNet's blocks, and whether they attend to the prompt.
+ATTENDS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False, "CrossAttnUpBlock2D": True, "UpBlock2D": False}
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -70,6 +73,8 @@ class UNetConfig(Config):
     def __post_init__(self) -> None:
         if self.addition_embed_type not in (None, "text_time"):
             raise UserError(f"UNet2DConditionModel: addition_embed_type={self.addition_embed_type!r} is not supported")
+        if unknown := {*self.down_block_types, *self.up_block_types} - ATTENDS.keys():
+            raise UserError(f"UNet2DConditionModel: block type {unknown.pop()} is not supported; {', '.join(ATTENDS)} are")
 
     def per_level(self, value: int | tuple[int, ...]) -> tuple[int, ...]:
         """A setting that may be one for all levels, spread over them."""
@@ -140,7 +145,7 @@ class CLIPTextConfig(TransformerConfig):
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig(TransformerConfig):
-    """The eyes of a CLIP model."""
+    """CLIP's image encoder."""
 
     CLASSES = ("CLIPVisionModel",)
     SECTION = "vision_config"
@@ -174,5 +179,6 @@ class CLIPConfig(Config):
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
+        """Of what is in it, each encoder's section. Raises UserError for an unsupported setting."""
         text, vision = CLIPTextConfig.from_dict(config), VisionConfig.from_dict(config)
         return cls(text, vision, config.get("projection_dim", 512))

@@ -84,12 +84,12 @@ class LoRAConv2d(LoRA, nn.Conv2d):
         return F.conv2d(F.conv2d(x, down, None, self.stride, self.padding), up)
 
 
-KINDS: dict[type, type] = {nn.Linear: LoRALinear, nn.Conv2d: LoRAConv2d}
+LAYERS: dict[type, type] = {nn.Linear: LoRALinear, nn.Conv2d: LoRAConv2d}
 
 
 def layers(network: nn.Module) -> dict[str, Any]:
     """The layers that can have adapters, or have them, by their dotted names."""
-    return {path: layer for path, layer in network.named_modules() if isinstance(layer, tuple(KINDS))}
+    return {path: layer for path, layer in network.named_modules() if isinstance(layer, tuple(LAYERS))}
 
 
 def fresh(
@@ -111,7 +111,7 @@ def attach(network: nn.Module, adapters: Mapping[str, Adapter], dtype: torch.dty
     for path, adapter in adapters.items():
         layer: Any = network.get_submodule(path)
         if not isinstance(layer, LoRA):
-            layer.__class__ = KINDS[type(layer)]
+            layer.__class__ = LAYERS[type(layer)]
             layer.adapters = nn.ModuleList()
         layer.adapters.append(adapter.to(layer.weight.device, dtype or layer.weight.dtype))
 
@@ -122,4 +122,4 @@ def merge(network: nn.Module) -> None:
         if isinstance(layer, LoRA):
             layer.weight.data = merged(layer.weight, layer.adapters)
             del layer.adapters
-            layer.__class__ = next(plain for plain, kind in KINDS.items() if isinstance(layer, kind))
+            layer.__class__ = next(plain for plain, kind in LAYERS.items() if isinstance(layer, kind))

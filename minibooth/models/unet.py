@@ -9,12 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minibooth.errors import UserError
 from minibooth.models import ops
 from minibooth.models.blocks import Block, Downsample, ResnetBlock, Transformer, Upsample
-from minibooth.models.config import UNetConfig
-
-ATTENDS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False, "CrossAttnUpBlock2D": True, "UpBlock2D": False}
+from minibooth.models.config import ATTENDS, UNetConfig
 
 
 class TimestepEmbedding(nn.Module):
@@ -43,21 +40,14 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         widths, last = config.block_out_channels, len(config.block_out_channels) - 1
-        heads = config.per_level(config.attention_head_dim)
-        depths = config.per_level(config.transformer_layers_per_block)
         crosses = config.per_level(config.only_cross_attention)
-        unknown = {*config.down_block_types, *config.up_block_types} - ATTENDS.keys()
-        if unknown:
-            raise UserError(f"UNet2DConditionModel: block type {unknown.pop()} is not supported; {', '.join(ATTENDS)} are")
         time_width = 4 * widths[0]
 
         def resnet(c_in: int, c_out: int) -> ResnetBlock:
             return ResnetBlock(c_in, c_out, config.norm_num_groups, config.norm_eps, time_width)
 
         def transformers(count: int, level: int, cross: int) -> list[Transformer]:
-            shape = widths[level], heads[level], config.cross_attention_dim, config.norm_num_groups, depths[level]
-            kind = config.use_linear_projection, config.upcast_attention, bool(cross)
-            return [Transformer(*shape, *kind) for _ in range(count)]
+            return [Transformer(config, level, bool(cross)) for _ in range(count)]
 
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(widths[0], time_width)

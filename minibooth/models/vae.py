@@ -23,7 +23,7 @@ class Posterior:
     std: Tensor
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """mean + std * noise, the noise drawn where the generator lives (kingma & Welling 2014, eq. 10)."""
+        """mean + std * noise, the noise drawn where the generator lives (Kingma & Welling 2014, eq. 10)."""
         device = generator.device if generator else self.mean.device
         noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
         return self.mean + self.std * noise.to(self.mean.device)
