@@ -1,9 +1,11 @@
 """Teach a Stable Diffusion a subject from 3-5 photographs: DreamBooth (arXiv 2208.12242)."""
 
+import argparse
+import contextlib
 import dataclasses
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -58,8 +60,8 @@ SECOND: dict[str, typing.Any] = {  # what is otherwise in its second step, where
 EPILOGUE = "The flags are those of diffusers' train_dreambooth.py, with its spelling (- and _ are alike) and its defaults."
 
 
-def parse(argv: Sequence[str]) -> Settings:
-    """Command line -> Settings; each field of the dataclass is a flag."""
+def said(argv: Sequence[str]) -> dict[str, typing.Any]:
+    """What a command line says, by flag; each field of Settings is one."""
     parser = command.Parser("python -m minibooth.train", __doc__, EPILOGUE)
     for f in dataclasses.fields(Settings):
         kind = next((each for each in typing.get_args(f.type) if each is not type(None)), f.type)
@@ -68,24 +70,24 @@ def parse(argv: Sequence[str]) -> Settings:
             how = {"type": kind, "choices": f.metadata.get("choices")}
         if isinstance(f.default, tuple):
             how["nargs"] = len(f.default)
-        parser.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"], **how)
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=f.metadata["help"], **how)
     given = vars(parser.parse_args(command.normalise(argv)))
-    values: dict[str, typing.Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in given.items()}
-    return Settings(**values)
+    return {name: tuple(x) if isinstance(x, list) else x for name, x in given.items()}
 
 
-def embedded(settings: Settings) -> Settings:
-    """What was left at its default replaced by EMBEDDED, if it is there and neither a model nor photographs are named."""
-    there = Path(EMBEDDED["pretrained_model_name_or_path"]).is_dir()
-    if settings.pretrained_model_name_or_path or settings.instance_data_dir or not there:
-        return settings
-    return Settings(**EMBEDDED | settings.given())
+def parse(argv: Sequence[str]) -> Settings:
+    """Command line -> Settings. EMBEDDED, if it is there, where neither a model nor photographs are named."""
+    given, there = said(argv), Path(EMBEDDED["pretrained_model_name_or_path"]).is_dir()
+    named = given.get("pretrained_model_name_or_path") or given.get("instance_data_dir")
+    return Settings(**({} if named or not there else EMBEDDED) | given)
 
 
-def second(settings: Settings) -> Settings:
-    """The paper's second step, where --upscaler asks for it: the same photographs, another model, no class pictures."""
-    usual = dataclasses.asdict(Settings()) | EMBEDDED
-    own = {name: value for name, value in SECOND.items() if getattr(settings, name) == usual[name]}
+def second(settings: Settings, given: Collection[str] = ()) -> Settings:
+    """The paper's second step, where --upscaler asks for it: the same photographs, another model, no class pictures.
+
+    given: the flags that the command line has.
+    """
+    own = {name: value for name, value in SECOND.items() if name not in given}
     return dataclasses.replace(
         settings,
         **(own if settings.upscaler == EMBEDDED["upscaler"] else {}),
@@ -109,8 +111,11 @@ def train(settings: Settings, ranks: Ranks) -> tuple[str, str]:
     run = trainer(settings, ranks)
     print("\n".join(f"{name:>10}  {value}" for name, value in run.summary()), flush=True)
     repository = hub.reserve(settings) if settings.push_to_hub and ranks.first else None
-    with ranks.guard(run.journal):
-        run.train()
+    if run.journal.finished:
+        print(f"{settings.output_dir} holds the result of just this run: nothing is left to do")
+    else:
+        with ranks.guard(run.journal), run.journal.claimed() if ranks.first else contextlib.nullcontext():
+            run.train()
     if repository:
         hub.push(settings, repository)
         print(f"uploaded to {repository}")
@@ -120,9 +125,9 @@ def train(settings: Settings, ranks: Ranks) -> tuple[str, str]:
 
 def main(argv: Sequence[str]) -> None:
     """Train as the command line says, and leave the result in --output_dir."""
-    settings = embedded(parse(argv))
+    settings = parse(argv)
     torch.backends.cuda.matmul.allow_tf32 = settings.allow_tf32
-    steps = [settings, second(settings)] if settings.upscaler else [settings]
+    steps = [settings, second(settings, said(argv))] if settings.upscaler else [settings]
     with parallel.start(settings, command.device(settings.device)) as ranks:
         for later in steps[1:]:
             trainer(later, ranks)  # what would stop it is to be known now

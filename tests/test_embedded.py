@@ -19,7 +19,7 @@ from minibooth import evaluate
 from minibooth.dreambooth import stages
 from minibooth.dreambooth.metrics import Eyes, cosines
 from minibooth.dreambooth.settings import Settings
-from minibooth.train import EMBEDDED, WEIGHTS, embedded
+from minibooth.train import EMBEDDED, WEIGHTS, parse
 
 CLIP = WEIGHTS / "tiny-clip"
 
@@ -98,7 +98,7 @@ def test_it_resumes_to_the_same_bits(tmp_path):
 
 
 def test_no_arguments_mean_the_embedded_run(tmp_path, capsys):
-    assert embedded(Settings()).pretrained_model_name_or_path == str(WEIGHTS / "tiny")
+    assert parse([]).pretrained_model_name_or_path == str(WEIGHTS / "tiny")
     short = ["--max_train_steps=2", "--num_class_images=2", "--num_validation_images=1", f"--output_dir={tmp_path / 'out'}"]
     assert run(["--device=cpu", *short]) == 0
     for step in (tmp_path / "out", tmp_path / "out" / "upscaler"):

@@ -8,6 +8,7 @@ from torch import nn
 
 from minibooth.dreambooth import optimizer as module
 from minibooth.dreambooth.optimizer import BLOCK, SIGNED, AdamW, code, decoded, encode, moments, random_bits, restore, update
+from minibooth.errors import UserError
 
 KINDS = {
     "plain": (torch.float32, False),
@@ -302,7 +303,6 @@ def test_restored_moments_are_copies(kind):
 
 
 def test_a_parameter_without_a_gradient_stays_as_it_is():
-    """And is not asked of a checkpoint."""
     modules = networks()
     unused = modules | {"unused": nn.Linear(2, 2)}
     optimizer, before = adamw(unused), weights({"unused": unused["unused"]})
@@ -310,6 +310,11 @@ def test_a_parameter_without_a_gradient_stays_as_it_is():
     saved = moments(optimizer, unused)
     assert not any(value.any() for name, value in saved.items() if name.startswith("unused"))
     assert same_bits(weights({"unused": unused["unused"]}), before)
-    fresh = adamw(unused)
-    restore(fresh, unused, {name: value for name, value in saved.items() if not name.startswith("unused")})
-    assert same_bits(moments(fresh, unused), saved)
+
+
+@pytest.mark.parametrize("change", [lambda x: {}, lambda x: {"unet.0.weight.exp_avg": torch.zeros(1)}])
+def test_moments_of_another_run_are_refused(change):
+    modules = networks()
+    saved = moments(adamw(modules), modules)
+    with pytest.raises(UserError, match=r"does not hold this run's unet\.0\.weight\.\w+: go on from another"):
+        restore(adamw(modules), modules, change(saved) and saved | change(saved))

@@ -110,6 +110,7 @@ def done(tmp_path_factory, sdxl) -> tuple[Path, str, list]:
         many = [settings(f"{way}-{name}", name, parallel=way) for way, name in RUNS]
         for way in WAYS:
             shutil.copytree(folder / "one-prior and text encoder", folder / f"{way}-resumed")
+            shutil.rmtree(folder / f"{way}-resumed" / "checkpoint-4")
             changes = dict(resume_from_checkpoint="checkpoint-2", seed=None, parallel=way)
             many.append(settings(f"{way}-resumed", "prior and text encoder", **changes))
         status, out, err = start(folder, many)
@@ -153,6 +154,7 @@ def test_one_process_goes_on_from_a_checkpoint_of_two(way, name, done, monkeypat
         monkeypatch.setitem(table, key, value)
     output = Path(shutil.copytree(folder / f"{way}-{name}", folder / f"{way}-{name}-alone"))
     changes = dict(resume_from_checkpoint="checkpoint-2", seed=None, train_batch_size=4, output_dir=str(output))
+    shutil.rmtree(output / "checkpoint-4")
     (output / "samples" / "step-4.png").unlink(missing_ok=True)
     train(small(folder, **CASES[name] | changes | {"max_train_steps": 4}))
     assert_same(folder / f"one-{name}", output)
@@ -243,8 +245,17 @@ def test_ctrl_c_ends_all_with_one_checkpoint(tmp_path):
 def test_what_many_cannot_do_is_refused_first(processes, changes, problem, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     if processes:
-        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        for name, value in {"WORLD_SIZE": processes, "RANK": 0, "LOCAL_RANK": 0, "MASTER_PORT": 1}.items():
+            monkeypatch.setenv(name, str(value))
     with pytest.raises(UserError, match=problem), parallel.start(Settings(**changes), torch.device("cpu")):
+        pass
+
+
+@pytest.mark.parametrize("value", ["2", "two"])
+def test_variables_that_torchrun_did_not_set_are_named(value, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", value)
+    with pytest.raises(UserError, match="'RANK': ''.* start with torchrun"), parallel.start(Settings(), torch.device("cpu")):
         pass
 
 

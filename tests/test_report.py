@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -262,6 +263,7 @@ def test_a_metrics_model_measures_every_grid_and_changes_nothing_else(few_drawin
     curves = Page(output / "report.html").curves()
     assert all(len(curves[name, "c0"]) == 3 for name in ("subject_similarity", "class_drift", "class_diversity"))
     assert "By subject_similarity, stop at step" in (output / "report.html").read_text()
+    shutil.rmtree(output / "checkpoint-4")
     train(small(tmp_path, **watched | {"resume_from_checkpoint": "checkpoint-2"}))
     assert [line for line in metrics(output) if "loss" not in line] == seen
 

@@ -84,7 +84,7 @@ SILENT = {
 
 
 def test_flags_have_the_defaults_of_train_dreambooth():
-    defaults = vars(train.parse([]))
+    defaults = vars(Settings())
     expected = {name: default for name, (default, _, _) in VALUES.items()} | dict.fromkeys(SWITCHES, False)
     assert {name: defaults[name] for name in expected} == expected
     assert {name: type(defaults[name]) for name in expected} == {name: type(value) for name, value in expected.items()}
@@ -203,7 +203,10 @@ def test_without_a_model_and_photographs_the_embedded_ones_are_taken(tmp_path, m
     monkeypatch.setattr(train, "EMBEDDED", {name: fields[name] for name in train.EMBEDDED if name in fields})
     monkeypatch.setitem(train.EMBEDDED, "with_prior_preservation", False)
     output = tmp_path / "output"
-    assert run(["--device=cpu", f"--output_dir={output}", "--max_train_steps=1", "--learning_rate=0"]) == 0
+    said = ["--max_train_steps=1", f"--learning_rate={Settings.learning_rate}", "--upscaler="]
+    monkeypatch.setitem(train.EMBEDDED, "upscaler", str(tmp_path / "nowhere"))
+    assert run(["--device=cpu", f"--output_dir={output}", *said]) == 0
+    assert json.loads((output / "run.json").read_text())["settings"]["learning_rate"] == Settings.learning_rate
     assert (output / "model_index.json").exists() and len((output / "metrics.jsonl").read_text().splitlines()) == 1
 
 
@@ -268,6 +271,15 @@ def another_run(folder: Path) -> None:
     (folder / "output" / "run.json").write_text("{}")
 
 
+def lora_of_another(folder: Path) -> None:
+    (folder / "output").mkdir()
+    (folder / "output" / "pytorch_lora_weights.safetensors").write_bytes(b"")
+
+
+def checkpoint_of_another(folder: Path) -> None:
+    (folder / "output" / "checkpoint-500").mkdir(parents=True)
+
+
 def file_as_output(folder: Path) -> None:
     (folder / "output").write_text("")
 
@@ -300,7 +312,16 @@ MISTAKES = {
     "no class prompt": (["--with_prior_preservation"], None, "--class_prompt"),
     "an odd resolution": (["--resolution=60"], None, "--resolution 60 is not divisible by 8"),
     "a negative resolution": (["--resolution=-64"], None, "--resolution -64"),
-    "another run": ([], another_run, "already holds another run"),
+    "another run": ([], another_run, "already holds run.json: choose another --output_dir, or go on with"),
+    "a LoRA there": ([], lora_of_another, "output already holds pytorch_lora_weights.safetensors: choose another"),
+    "a checkpoint there": ([], checkpoint_of_another, "output already holds checkpoint-500: choose another --output_dir\n"),
+    "no output folder": (["--output_dir="], None, "--output_dir is missing"),
+    "a rate that is no number": (["--learning_rate=nan"], None, "--learning_rate nan is out of bounds"),
+    "an infinite weight": (["--prior_loss_weight=inf"], None, "--prior_loss_weight inf is out of bounds"),
+    "a negative rate": (["--learning_rate=-1"], None, "--learning_rate -1.0 is less than 0"),
+    "a seed beyond all": (["--seed=18446744073709551615"], None, "--seed 18446744073709551615 is out of bounds"),
+    "a moment for ever": (["--adam_beta2=1"], None, "--adam_beta2 must be less than 1"),
+    "the subject as its class": (["--class_data_dir={}/photographs"], None, "is the subject's folder: name another"),
     "a file as output": ([], file_as_output, "--output_dir {}/output is a file"),
     "a missing checkpoint": (["--resume_from_checkpoint=checkpoint-7"], None, "checkpoint-7: no such checkpoint"),
     "an unknown device": (["--device=tpu"], None, "--device tpu"),
@@ -353,4 +374,4 @@ def test_a_full_disk_is_told_in_one_line(tmp_path, capsys, monkeypatch):
 
 
 def test_settings_are_all_flags():
-    assert vars(train.parse([])) == vars(Settings())
+    assert vars(train.parse(["--instance_data_dir=x"])) == vars(Settings(instance_data_dir="x"))

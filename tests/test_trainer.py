@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from small_run import flags, metrics, only, same_bits, small, tiny, train, trainer, weights, with_class
+from small_run import flags, metrics, only, run, same_bits, small, tiny, train, trainer, weights, with_class
 
 import minibooth
 from minibooth.dreambooth import optimizer, stages
@@ -118,6 +118,55 @@ def test_a_finished_run_resumes_to_itself(tmp_path):
     settings.resume_from_checkpoint = "latest"
     assert same_bits(weights(train(settings)), whole)
     assert len(metrics(Path(settings.output_dir))) == 5
+
+
+def test_a_finished_run_without_a_checkpoint_is_not_done_again(tmp_path, capsys):
+    """Nor by its first step's, where the second was interrupted; and with other settings it is refused."""
+    words = [*flags(small(tmp_path, seed=None)), "--resume_from_checkpoint=latest"]
+    assert run(words) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "output").rglob("*") if path.is_file()}
+    assert run(words) == 0
+    assert "holds the result of just this run" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in (tmp_path / "output").rglob("*") if path.is_file()} == before
+    for other in (["--learning_rate=0.5"], ["--resume_from_checkpoint="]):
+        assert run(words + other) == 2
+        assert "already holds run.json: choose another --output_dir" in capsys.readouterr().err
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path):
+    with trainer(small(tmp_path)).journal.claimed(), pytest.raises(UserError, match="another run is going on in"):
+        trainer(small(tmp_path)).journal.claimed().__enter__()
+
+
+def test_later_checkpoints_are_never_touched(tmp_path):
+    """They would be taken for those of the run that goes on from an earlier one."""
+    output = train(small(tmp_path, checkpointing_steps=1, max_train_steps=3))
+    with pytest.raises(UserError, match=r"checkpoint-\d is of later steps than \S*checkpoint-1: move it away"):
+        trainer(small(tmp_path, checkpointing_steps=1, resume_from_checkpoint="checkpoint-1"))
+    with pytest.raises(UserError, match=r"checkpoint-3 is past the last step, 2: raise --max_train_steps"):
+        trainer(small(tmp_path, max_train_steps=2, resume_from_checkpoint="latest"))
+    assert checkpoints(output) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+
+
+STATES = ["{}", "[]", '{"step": null}', '{"step": "2"}', '{"step": -1}', '{"step": 1.5}']
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_checkpoint_that_makes_no_sense_is_refused(state, tmp_path):
+    output = train(small(tmp_path, checkpointing_steps=1, max_train_steps=1))
+    (output / "checkpoint-1" / "state.json").write_text(state)
+    with pytest.raises(UserError, match=r"checkpoint-1/state.json"):
+        trainer(small(tmp_path, resume_from_checkpoint="latest"))
+
+
+@pytest.mark.parametrize("rank, file", [(0, "unet/diffusion_pytorch_model.safetensors"), (2, "kohya.safetensors")])
+def test_a_checkpoint_that_lacks_something_is_refused(rank, file, tmp_path):
+    output = train(small(tmp_path, checkpointing_steps=1, max_train_steps=1, rank=rank))
+    saved = load_file(path := output / "checkpoint-1" / file)
+    layer = next(iter(saved)).removesuffix(".weight").split(".")[0]
+    save_file({name: x for name, x in saved.items() if not name.startswith(layer)}, path)
+    with pytest.raises(UserError, match=r"checkpoint-1.* (lacks|has no LoRA of)"):
+        trainer(small(tmp_path, resume_from_checkpoint="latest", rank=rank))
 
 
 @pytest.mark.parametrize("name", ["use_8bit_adam", "full_bf16"])
@@ -483,6 +532,18 @@ def test_a_loss_that_explodes_stops_the_run(tmp_path):
     assert not (tmp_path / "second" / "unet").exists()
 
 
+def test_weights_that_are_not_finite_are_no_result(tmp_path):
+    """Though the last loss still was."""
+    with pytest.raises(UserError, match="the weights are not finite at step 1: lower --learning_rate"):
+        train(small(tmp_path, learning_rate=1e38, max_train_steps=1))
+    assert not (tmp_path / "output" / "unet").exists()
+
+
+def test_warm_up_is_held_against_the_steps_that_epochs_make(tmp_path):
+    with pytest.raises(UserError, match="--lr_warmup_steps 500 leaves nothing of 8 steps"):
+        trainer(small(tmp_path, max_train_steps=None, num_train_epochs=4, lr_scheduler="cosine", lr_warmup_steps=500))
+
+
 # ---- samples
 
 
@@ -521,8 +582,8 @@ def test_each_sample_is_noised_and_told_its_own_prompt(train_text_encoder, tmp_p
 
 def test_offset_noise_adds_a_tenth_of_a_constant_per_channel(tmp_path):
     runs = [trainer(small(tmp_path, offset_noise=on, max_train_steps=50)) for on in (False, True)]
-    for run in runs:
-        run.prepare()
+    for each in runs:
+        each.prepare()
     offsets = []
     for n in range(100):
         (x0, plain, t, _), (same_x0, noise, same_t, _) = (run.sample(run.sets[0], n) for run in runs)

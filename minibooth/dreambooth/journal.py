@@ -7,34 +7,77 @@ report.html       all that on one page, and the photographs
 checkpoint-N/     trained networks as they train (the layout of the final model) or a LoRA, optimizer.safetensors, state.json
 """
 
+import contextlib
 import dataclasses
 import json
+import os
 import platform
 import re
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from minibooth.checkpoint import files
+from minibooth.checkpoint.lora import DIFFUSERS
 from minibooth.dreambooth.settings import Settings
 from minibooth.errors import UserError
 
+RESULTS = ("model_index.json", DIFFUSERS, "{}.safetensors")  # of which a finished run leaves one; {}: the folder's name
+TAKEN = ("run.json", "metrics.jsonl", "report.html", "checkpoint-*", "unet", *RESULTS)  # what a run would overwrite
+
 
 class Journal:
-    """The output folder of one run. Raises UserError if it holds another run that is not to be resumed."""
+    """The output folder of one run, which may be `finished`.
+
+    Raises UserError if it holds what the run would overwrite, and is not to be resumed or cannot be.
+    """
 
     def __init__(self, settings: Settings):
         self.settings, self.folder = settings, Path(settings.output_dir)
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"--output_dir {self.folder} is a file")
-        for taken in ("run.json", "model_index.json"):
-            if (self.folder / taken).exists() and not settings.resume_from_checkpoint:
-                remedy = "choose another --output_dir, or go on with --resume_from_checkpoint latest"
-                raise UserError(f"{self.folder} already holds another run ({taken}); {remedy}")
+        asked, begun, done = settings.resume_from_checkpoint, self.has("run.json"), self.has(*RESULTS)
+        self.finished = asked == "latest" and bool(begun and done) and self.repeats(files.read_json(begun[0]))
+        resumed = self.finished or (begun and not done) or self.checkpoints() or asked != "latest"
+        if (taken := self.has(*TAKEN)) and not (asked and resumed):
+            remedy = ", or go on with --resume_from_checkpoint latest" * bool(begun and not asked)
+            raise UserError(f"{self.folder} already holds {taken[0].name}: choose another --output_dir{remedy}")
+
+    def has(self, *patterns: str) -> list[Path]:
+        """What is in the folder under these names."""
+        named = (pattern.format(self.folder.resolve().name) for pattern in patterns)
+        return [path for pattern in named for path in sorted(self.folder.glob(pattern))]
+
+    def repeats(self, run: dict[str, Any]) -> bool:
+        """Whether these settings are those of the run whose run.json this is."""
+        free = {"resume_from_checkpoint", "hub_token"} | ({"seed"} if self.settings.seed is None else set())
+        now = json.loads(json.dumps(dataclasses.asdict(self.settings)))
+        told = run.get("settings") or {}
+        return bool(told) and all(now.get(name) == value for name, value in told.items() if name not in free)
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Within, no other run can begin in the folder, as far as the system has locks. Raises UserError where one goes on."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if os.name != "posix":
+            yield
+            return
+        import fcntl
+
+        place = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run is going on in {self.folder}: choose another --output_dir") from None
+        try:
+            yield
+        finally:
+            os.close(place)
 
     def open(self, step: int, python: str = "python") -> None:
         """Write run.json; drop the metrics of steps that will be done again, and checkpoints that a killed run left half.
@@ -52,7 +95,8 @@ class Journal:
         for unfinished in self.folder.glob(".checkpoint-*"):
             shutil.rmtree(unfinished)
         metrics = self.folder / "metrics.jsonl"
-        kept = [line for line in metrics.read_text().splitlines() if _step_of(line) <= step] if metrics.exists() else []
+        lines = metrics.read_text("utf-8", "replace").splitlines() if metrics.exists() else []
+        kept = [line for line in lines if _step_of(line) <= step]
         files.write_text(metrics, "".join(f"{line}\n" for line in kept))
 
     def log(self, **values: float) -> None:
@@ -92,6 +136,6 @@ def words_of(value: Any) -> list[str]:
 
 def _step_of(line: str) -> int:
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
+        return int(json.loads(line)["step"])
+    except (ValueError, LookupError, TypeError):
         return sys.maxsize  # half a line: the run was killed while writing it

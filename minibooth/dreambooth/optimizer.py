@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from minibooth.diffusion.noise import generator
 from minibooth.dreambooth.parallel import shard
+from minibooth.errors import UserError
 
 SIGNED = {"exp_avg": True, "exp_avg_sq": False}  # the two moments
 BLOCK, SMALLEST = 2048, 4096  # elements that share a scale; elements of the smallest parameter with moments in 8 bits
@@ -183,9 +184,8 @@ def moments(optimizer: torch.optim.Optimizer, modules: Mapping[str, nn.Module]) 
 
 
 def restore(optimizer: AdamW, modules: Mapping[str, nn.Module], saved: Mapping[str, Tensor]) -> None:
-    """Put back what `moments` gave, whole; parameters that are not there keep what they have."""
-    for part, module in modules.items():
-        for name, parameter in module.named_parameters():
-            if f"{part}.{name}.step" in saved:
-                for key, value in optimizer.state[parameter].items():
-                    value.copy_(shard(saved[f"{part}.{name}.{key}"], value))
+    """Put back what `moments` gave, whole. Raises UserError where that is something else."""
+    for name, value in moments(optimizer, modules).items():
+        if name not in saved or saved[name].shape != value.shape:
+            raise UserError(f"optimizer.safetensors of the checkpoint does not hold this run's {name}: go on from another")
+        value.copy_(shard(saved[name], value))

@@ -161,7 +161,11 @@ def start(settings: Settings, device: torch.device) -> Iterator[Ranks]:
 
     Raises UserError for what cannot be done by many.
     """
-    count, local = int(os.environ.get("WORLD_SIZE", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    usual = "" if "WORLD_SIZE" in os.environ else "0"
+    told = {name: os.environ.get(name, usual) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")}
+    if not all(map(str.isdecimal, told.values())):
+        raise UserError(f"{told} is not as torchrun sets it: start with torchrun, or unset these variables")
+    count, local = int(told["WORLD_SIZE"]), int(told["LOCAL_RANK"])
     sharded = settings.parallel == "fsdp"
     if settings.parallel and not count:
         raise UserError(f"--parallel {settings.parallel} needs many: torchrun --nproc-per-node 2 -m minibooth.train ...")

@@ -82,7 +82,8 @@ def write(folder: Path) -> None:
     drawn = ((n, encoded(path, GRID)) for n, path in samples)
     captions = (s["validation_prompt"] or "").split("|") + [caption_of(path) for _, path in samples[-1:]]
     grids = [f'<img src="{uri}" alt="Drawn at step {n}" data-step={n} hidden>' for n, uri in drawn if uri]
-    photographs = (encoded(path, PHOTOGRAPH) for path in sorted(Path(s["instance_data_dir"]).glob("[!.]*"))[:MOST])
+    paths = [path for path in sorted(Path(s["instance_data_dir"]).glob("[!.]*")) if path.is_file()]
+    photographs = (encoded(path, PHOTOGRAPH) for path in paths[:MOST])
     real = [f'<img src="{uri}" alt="Photograph of the subject">' for uri in photographs if uri]
     losses = {name: every[name] for name in LOSSES if any(loss for _, loss in every.get(name, ()))}  # no prior: all zeros
     others = sorted(every.keys() - {*LOSSES}, key=lambda name: (len(every[name]), name))  # validation's first
@@ -108,8 +109,8 @@ def write(folder: Path) -> None:
 def columns(path: Path) -> dict[str, list[tuple[float, float]]]:
     """The points of every number in metrics.jsonl, which need not be on each line; a half-written line is passed over."""
     found: dict[str, list[tuple[float, float]]] = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
+    for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, AttributeError, LookupError):
             for name, value in (values := json.loads(line)).items():
                 if name != "step" and isinstance(value, int | float) and math.isfinite(value):
                     found.setdefault(name, []).append((values["step"], value))

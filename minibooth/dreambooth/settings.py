@@ -6,12 +6,15 @@ Copied command lines are the commonest input, so a flag that has no effect here 
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from minibooth.dreambooth.data import INTERPOLATION
 from minibooth.dreambooth.learning_rate import SCHEDULES
 from minibooth.errors import UserError
 from minibooth.models.lora import TARGETS
+
+MOST = {int: 2.0**53, float: 3e38}  # beyond, numbers run out
 
 
 def flag(default: Any, help: str, **more: Any) -> Any:
@@ -124,17 +127,22 @@ class Settings:
 
     def check(self) -> None:
         """Refuse what cannot run. Raises UserError."""
-        for name in ("pretrained_model_name_or_path", "instance_data_dir", "instance_prompt"):
+        for name in ("pretrained_model_name_or_path", "instance_data_dir", "instance_prompt", "output_dir"):
             if not getattr(self, name):
                 raise UserError(f"--{name} is missing")
-        least = dict.fromkeys(("crops_per_image", "lr_warmup_steps", "rank"), 0)
+        numbers = {name: value for name, value in vars(self).items() if isinstance(value, int | float)}
+        for name, value in numbers.items():
+            if not abs(value) < MOST.get(type(value), math.inf):
+                raise UserError(f"--{name} {value} is out of bounds")
+        least: dict[str, float] = dict.fromkeys(("crops_per_image", "lr_warmup_steps", "rank", "seed", "learning_rate"), 0)
+        least |= dict.fromkeys(("text_encoder_lr", "prior_loss_weight", "max_grad_norm", "snr_gamma", "lr_power"), 0)
+        least |= dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay"), 0)
         least |= dict.fromkeys(("train_batch_size", "num_train_epochs", "gradient_accumulation_steps", "sample_batch_size"), 1)
         least |= dict.fromkeys(("checkpointing_steps", "validation_steps", "num_validation_images", "num_class_images"), 1)
         least |= dict.fromkeys(("max_train_steps", "checkpoints_total_limit"), 1)
         for name, bound in least.items():
-            if (value := getattr(self, name)) is not None and value < bound:
-                raise UserError(f"--{name} {value} is less than {bound}")
-        decays = self.lr_scheduler not in ("constant", "constant_with_warmup")
+            if numbers.get(name, bound) < bound:
+                raise UserError(f"--{name} {numbers[name]} is less than {bound}")
         once, accumulated = self.fused_backward_pass, self.gradient_accumulation_steps > 1
         refused = {
             '--with_prior_preservation needs --class_prompt, such as "a photo of dog"':
@@ -145,8 +153,9 @@ class Settings:
             "--output_format single is for whole models; a LoRA comes as diffusers' file and as kohya's":
                 self.rank and self.output_format == "single",
             f"--lora_dropout {self.lora_dropout} is not between 0 and 1": not 0 <= self.lora_dropout < 1,
-            f"--lr_warmup_steps {self.lr_warmup_steps} leaves nothing of {self.max_train_steps} steps; set it to 0":
-                decays and self.lr_warmup_steps >= (self.max_train_steps or math.inf),
+            "--adam_beta1 and --adam_beta2 must be less than 1": max(self.adam_beta1, self.adam_beta2) >= 1,
+            f"--class_data_dir {self.class_data_dir} is the subject's folder: name another, for pictures of its class":
+                self.class_data_dir and Path(self.class_data_dir).resolve() == Path(self.instance_data_dir).resolve(),
             "--full_bf16 needs --mixed_precision bf16": self.full_bf16 and self.mixed_precision != "bf16",
             "--fused_backward_pass never has all gradients at once, to clip them: add --max_grad_norm 0":
                 once and self.max_grad_norm,

@@ -42,11 +42,18 @@ from minibooth.dreambooth.optimizer import AdamW, moments, restore
 from minibooth.dreambooth.parallel import Ranks
 from minibooth.dreambooth.prior import ClassPictures
 from minibooth.dreambooth.settings import Settings
-from minibooth.dreambooth.weights import Weights
+from minibooth.dreambooth.weights import Learnt, Weights
 from minibooth.errors import UserError
 
 OFFSET_NOISE = 0.1
-SAME = "rank", "lora_targets", "train_text_encoder", "use_8bit_adam", "full_bf16"  # what a checkpoint's tensors depend on
+SAME = (
+    "rank",
+    "lora_alpha",
+    "lora_targets",
+    "train_text_encoder",
+    "use_8bit_adam",
+    "full_bf16",
+)  # what a checkpoint's tensors depend on
 
 
 class Trainer:
@@ -71,7 +78,11 @@ class Trainer:
             if (begun := state.get(name, getattr(settings, name))) != getattr(settings, name):
                 there = f"with --{name}" + f" {begun}" * (begun is not True) if begun else f"without --{name}"
                 raise UserError(f"{self.resumed} was trained {there}: go on as it began")
-        self.start: int = state["step"]
+        self.start: int = state.get("step", -1)
+        if type(self.start) is not int or self.start < 0:
+            raise UserError(f"{self.resumed}/state.json does not say at which step it was written; go on from another")
+        if later := [path for number, path in self.journal.checkpoints() if self.resumed and number > self.start]:
+            raise UserError(f"{later[0]} is of later steps than {self.resumed}: move it away, or go on from there")
         if self.ranks.same(self.start) != self.start:
             raise UserError(f"--output_dir {settings.output_dir} is not the same folder for all processes: take a shared one")
         self.seed = self.ranks.same(state.get("seed", secrets.randbits(31)) if settings.seed is None else settings.seed)
@@ -89,6 +100,10 @@ class Trainer:
             self.sets.append(Latents("class", self.prior.pictures, self.stage, self.seed))
             self.prompts.append(s.class_prompt)
         self.steps = s.steps(max(len(latents.pictures) for latents in self.sets), self.ranks.count)
+        if self.start > self.steps:
+            raise UserError(f"{self.resumed} is past the last step, {self.steps}: raise --max_train_steps")
+        if s.lr_scheduler not in ("constant", "constant_with_warmup") and s.lr_warmup_steps >= self.steps:
+            raise UserError(f"--lr_warmup_steps {s.lr_warmup_steps} leaves nothing of {self.steps} steps; set it to 0")
         self.weights = Weights(s, self.pipe, self.seed, self.resumed)
         self.trained = self.weights.trained
 
@@ -124,7 +139,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         if self.resumed:
             restore(self.optimizer, self.trained, files.Tensors([self.resumed / "optimizer.safetensors"]))
-            if scale := self.state["scaler"]:  # empty where it was not in fp16
+            if scale := self.state.get("scaler"):  # empty where it was not in fp16
                 self.scaler.load_state_dict(scale)
 
     def compile(self) -> None:
@@ -189,7 +204,9 @@ class Trainer:
                 if stopped and done < self.steps:
                     self.report()
                     raise KeyboardInterrupt(f"go on with the same command and --resume_from_checkpoint latest (step {done})")
-        self.save()
+            self.save()
+        if self.ranks.any(interrupted):
+            raise KeyboardInterrupt(f"all {self.steps} steps were done, and {journal.folder} holds the result")
 
     def step(self, step: int) -> dict[str, float]:
         """One update of the weights. Returns the loss and its two parts, means over the accumulated batches and the ranks."""
@@ -199,10 +216,14 @@ class Trainer:
             total = self.update(*(x for batch in batches for x in batch))
         found = self.ranks.mean(dict(zip(names, total.tolist(), strict=True)))  # only now does a GPU have to be waited for
         if not math.isfinite(found["loss"]):
-            good = [path for number, path in self.journal.checkpoints() if number < step]  # a finite loss came after them
-            remedy = f"the last good checkpoint is {good[-1]}" if good else "no good checkpoint was written before"
-            raise UserError(f"the loss is {found['loss']} at step {step + 1}: lower --learning_rate or use bf16; {remedy}")
+            raise self.diverged(f"the loss is {found['loss']}", step + 1)
         return found
+
+    def diverged(self, what: str, step: int) -> UserError:
+        """What ends a run whose numbers are no longer finite."""
+        good = [path for number, path in self.journal.checkpoints() if number < step - 1]  # a finite loss came after them
+        remedy = f"the last good checkpoint is {good[-1]}" if good else "no good checkpoint was written before"
+        return UserError(f"{what} at step {step}: lower --learning_rate or use bf16; {remedy}")
 
     def batch(self, batch: int) -> tuple[Tensor, ...]:
         """This rank's part of the run's `batch`-th batch, on the device: B subject samples, then B class samples."""
@@ -325,7 +346,7 @@ class Trainer:
 
     def save_checkpoint(self, step: int) -> None:
         """checkpoint-N with all that the next step depends on; older ones go only when it is whole."""
-        learnt = self.weights.learnt(self.ranks)
+        learnt = self.learnt(step)
         state = self.ranks.whole(moments(self.optimizer, self.trained))
         if not self.ranks.first:
             return
@@ -339,9 +360,16 @@ class Trainer:
 
     def save(self) -> None:
         """The result."""
-        learnt = self.weights.learnt(self.ranks)
+        learnt = self.learnt(self.steps)
         if self.ranks.first:
             self.weights.write(learnt, self.steps)
+
+    def learnt(self, step: int) -> Learnt:
+        """What training changed up to a step, whole on the first rank. Raises UserError where it is not finite."""
+        parameters = (p for group in self.optimizer.param_groups for p in group["params"])
+        if self.ranks.any(not all(p.isfinite().all() for p in parameters)):
+            raise self.diverged("the weights are not finite", step)
+        return self.weights.learnt(self.ranks)
 
     def summary(self) -> list[tuple[str, str]]:
         """What will run, as rows of a table."""

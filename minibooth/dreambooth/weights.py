@@ -11,12 +11,13 @@ from torch.utils.checkpoint import checkpoint
 
 from minibooth.checkpoint import files
 from minibooth.checkpoint import lora as lora_files
-from minibooth.checkpoint.load import COMPONENTS
+from minibooth.checkpoint.load import COMPONENTS, check
 from minibooth.diffusion.noise import generator
 from minibooth.dreambooth import speed
 from minibooth.dreambooth.optimizer import BLOCK
 from minibooth.dreambooth.parallel import BLOCKS, Ranks
 from minibooth.dreambooth.settings import Settings
+from minibooth.errors import UserError
 from minibooth.models import lora
 from minibooth.models.blocks import Transformer
 from minibooth.models.lora import Adapter
@@ -38,6 +39,13 @@ class Weights:
             name: getattr(pipe, name) for name in ["unet"] + self.texts * settings.train_text_encoder
         }
         self.lora = {name: self.adapters(name) for name in self.trained if settings.rank}
+        if resumed and not settings.rank:
+            for name, network in self.trained.items():
+                check(network, self.saved(name), f"{resumed}: {name}")
+
+    def saved(self, name: str) -> files.Tensors:
+        """A network's weights in the checkpoint."""
+        return files.weights_of(self.resumed / name, COMPONENTS[name].stem)  # type: ignore[operator]
 
     def adapters(self, name: str) -> dict[str, Adapter]:
         """A network's LoRA: new, or the checkpoint's."""
@@ -45,6 +53,8 @@ class Weights:
         made = lora.fresh(self.trained[name], s.lora_targets, s.rank, s.lora_alpha or s.rank, s.lora_dropout, rng)
         if self.resumed:
             saved = lora_files.read(self.resumed / KOHYA, self.pipe.source).get(name, {})
+            if lacking := made.keys() - saved.keys():
+                raise UserError(f"{self.resumed} has no LoRA of {name}'s {min(lacking)}: go on from another")
             for layer, adapter in made.items():
                 adapter.down.data.copy_(saved[layer].down)
                 adapter.up.data.copy_(saved[layer].up)
@@ -62,7 +72,7 @@ class Weights:
             if trains and self.lora:
                 lora.attach(network.train(), self.lora[name], kept)
             elif full and self.resumed:
-                network.load_state_dict(dict(files.weights_of(self.resumed / name, COMPONENTS[name].stem)))
+                network.load_state_dict(dict(self.saved(name)))
             if trains:
                 speed.suit(network, device, dtype)
             if trains and self.settings.gradient_checkpointing:
