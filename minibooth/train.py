@@ -109,11 +109,11 @@ def trainer(settings: Settings, ranks: Ranks) -> Trainer:
 def train(settings: Settings, ranks: Ranks) -> tuple[str, str]:
     """One step of the paper, start to end; returns the command that draws with what it left, and the model to name there."""
     run = trainer(settings, ranks)
-    print("\n".join(f"{name:>10}  {value}" for name, value in run.summary()), flush=True)
     repository = hub.reserve(settings) if settings.push_to_hub and ranks.first else None
     if run.journal.finished:
         print(f"{settings.output_dir} holds the result of just this run: nothing is left to do")
     else:
+        print("\n".join(f"{name:>10}  {value}" for name, value in run.summary()), flush=True)
         with ranks.guard(run.journal), run.journal.claimed() if ranks.first else contextlib.nullcontext():
             run.train()
     if repository:

@@ -37,7 +37,7 @@ FAMILIES, BATCH = 3000, 16  # families in all, and of a step
 RARE = ("sks", "zwx", "olis", "qiv")  # identifiers, which say nothing of a picture
 TOWER = dict(num_attention_heads=4, num_hidden_layers=4, hidden_act="quick_gelu")
 CONFIG = dict(
-    architectures=["CLIPModel"], model_type="clip", projection_dim=96, dtype="float16",
+    architectures=["CLIPModel"], model_type="clip", projection_dim=96, dtype="float32",
     text_config=TOWER | dict(hidden_size=96, intermediate_size=384),
     vision_config=TOWER | dict(hidden_size=160, intermediate_size=640, image_size=SIZE, patch_size=8),
 )  # fmt: skip

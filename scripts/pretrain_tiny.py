@@ -57,7 +57,7 @@ CONFIGS = {  # the folder's files, but for what is measured: the vocabulary's si
     ),
     "text_encoder": dict(
         architectures=["CLIPTextModel"], model_type="clip_text_model", hidden_size=128, intermediate_size=512,
-        num_hidden_layers=4, num_attention_heads=4, dtype="float16",
+        num_hidden_layers=4, num_attention_heads=4, dtype="float32",  # to be computed in, by programs that ask
     ),
     "unet": dict(
         _class_name="UNet2DConditionModel", sample_size=SIZE // 4, block_out_channels=[96, 128, 128],

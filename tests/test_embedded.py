@@ -57,7 +57,7 @@ def test_places_and_colours_of_the_prompt_show(pipe):
 
 
 def test_diffusers_opens_it_and_draws_the_same(pipe):
-    theirs = diffusers.StableDiffusionPipeline.from_pretrained(WEIGHTS / "tiny", local_files_only=True, dtype=torch.float32)
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(WEIGHTS / "tiny", local_files_only=True)
     theirs.set_progress_bar_config(disable=True)
     assert theirs.tokenizer.tokenize("a zwx robot") == ["a</w>", "zwx</w>", "robot</w>"]
     seeds = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
@@ -130,9 +130,7 @@ def test_the_upscaler_is_two_decibels_nearer_to_scenes_it_never_saw_than_bicubic
 
 
 def test_diffusers_opens_the_upscaler_and_draws_the_same():
-    theirs = diffusers.StableDiffusionUpscalePipeline.from_pretrained(
-        WEIGHTS / "tiny-x4", local_files_only=True, dtype=torch.float32
-    )
+    theirs = diffusers.StableDiffusionUpscalePipeline.from_pretrained(WEIGHTS / "tiny-x4", local_files_only=True)
     theirs.set_progress_bar_config(disable=True)
     low = Image.fromarray(Scene.random(np.random.default_rng(35)).draw(64))
     how = dict(num_inference_steps=4, guidance_scale=3.0, noise_level=10, generator=torch.Generator().manual_seed(6))
