@@ -115,7 +115,11 @@ def train(settings: Settings, ranks: Ranks) -> tuple[str, str]:
     else:
         print("\n".join(f"{name:>10}  {value}" for name, value in run.summary()), flush=True)
         with ranks.guard(run.journal), run.journal.claimed() if ranks.first else contextlib.nullcontext():
-            run.train()
+            try:
+                run.train()
+            except KeyboardInterrupt as interrupt:  # one that was not waited for says nothing of its own
+                latest = " and --resume_from_checkpoint latest" * bool(run.journal.has("run.json"))
+                raise KeyboardInterrupt(str(interrupt) or f"go on with the same command{latest}") from None
     if repository:
         hub.push(settings, repository)
         print(f"uploaded to {repository}")

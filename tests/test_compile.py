@@ -186,10 +186,12 @@ def test_blocks_that_are_alike_are_compiled_once(recomputed, tmp_path, monkeypat
 
 def test_without_a_compiler_it_is_said_in_a_line(monkeypatch, capsys):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    decided = [speed.compilable(Settings(compile=choice), torch.device("cpu")) for choice in ("on", "auto", "off")]
-    assert decided == [False, False, False]
+    speed.compiler.cache_clear()
+    decided = [speed.compilable(Settings(compile=choice), torch.device("cpu")) for choice in ("on", "auto", "off", "on")]
+    assert decided == [False, False, False, False]
     assert capsys.readouterr().out == "not compiled, for lack of no-such-compiler: every step takes longer\n"
     monkeypatch.setattr(speed.shutil, "which", lambda name: name)
+    speed.compiler.cache_clear()
     assert speed.compilable(Settings(compile="on"), torch.device("cpu"))
     pays = [speed.compilable(Settings(compile=choice), torch.device("cpu"), pays=True) for choice in ("auto", "off")]
     assert pays == [True, False]

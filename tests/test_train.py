@@ -373,5 +373,15 @@ def test_a_full_disk_is_told_in_one_line(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err.splitlines()[-1] == "minibooth.train: error: No space left on device: unet"
 
 
+def test_an_interrupt_while_class_pictures_are_drawn_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prior, "save_png", interrupted)
+    settings = small(tmp_path, with_prior_preservation=True, class_prompt="a dog", num_class_images=1)
+    assert run(flags(settings)) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "minibooth.train: interrupted: go on with the same command"
+
+
 def test_settings_are_all_flags():
     assert vars(train.parse(["--instance_data_dir=x"])) == vars(Settings(instance_data_dir="x"))

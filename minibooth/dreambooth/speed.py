@@ -5,6 +5,7 @@ What is compiled are the networks' blocks: many are alike, and each kind is comp
 Shapes: B batch, C channels in and O out, K = C times the kernel's size, L places of what comes out.
 """
 
+import functools
 import importlib.util
 import os
 import shutil
@@ -26,12 +27,15 @@ MOST_KINDS = (
 
 
 def compilable(settings: Settings, device: torch.device, pays: bool = False) -> bool:
-    """Whether to compile, as --compile says; "auto" is where it `pays`. Says so in a line where that cannot be done."""
-    if settings.compile != "on" and not (pays and settings.compile == "auto"):
-        return False
-    compiler = os.environ.get("CXX", "g++")
-    missing = [compiler] * (not shutil.which(compiler))
-    missing += ["triton"] * (device.type == "cuda" and not importlib.util.find_spec("triton"))
+    """Whether to compile, as --compile says; "auto" is where it `pays`."""
+    return (settings.compile == "on" or (pays and settings.compile == "auto")) and compiler(device.type)
+
+
+@functools.cache
+def compiler(kind: str) -> bool:
+    """Whether there is what compiles for this kind of device, and a place to keep what it makes. Says in a line what lacks."""
+    name = os.environ.get("CXX", "g++")
+    missing = [name] * (not shutil.which(name)) + ["triton"] * (kind == "cuda" and not importlib.util.find_spec("triton"))
     if missing:
         print(f"not compiled, for lack of {' and '.join(missing)}: every step takes longer")
         return False
