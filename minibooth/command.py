@@ -2,9 +2,12 @@
 
 import argparse
 import ctypes
-import errno
+import io
 import os
+import re
+import signal
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -16,7 +19,7 @@ from minibooth.errors import UserError
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"  # the repository's own models and pictures
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # malloc.h
-USERS_ERRNO = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR}
+MEMORY = re.compile("MemoryError|out of memory|allocate memory|ALLOC_FAILED")  # as Python, PyTorch and cuBLAS say it
 
 
 def ready_cpu() -> None:
@@ -33,20 +36,49 @@ def ready_cpu() -> None:
     torch.set_flush_denormal(True)
 
 
+def terminate(number: int, frame: object) -> NoReturn:
+    """SIGTERM ends a command as Ctrl-C does."""
+    raise KeyboardInterrupt("SIGTERM")
+
+
+def ready_process() -> None:
+    """Signals that unwind the stack, so that nothing half-made stays; streams that take any word, even where 2>&- closed one.
+
+    Each line is written at once: where it cannot be, `run` is still there to end the process.
+    """
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, terminate)):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, handler)
+    sys.stdout, sys.stderr = (x or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w") for x in (sys.stdout, sys.stderr))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
+
+
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> NoReturn:
-    """main(argv[1:]) as a process: a mistake the user can mend ends in one line and status 2, Ctrl-C in status 130."""
+    """main(argv[1:]) as a process: a mistake the user can mend ends in one line and status 2, a bug in its traceback.
+
+    Ctrl-C ends in status 130, SIGTERM in 143, and nobody to read what is printed in 141, as in other programs.
+    """
     ready_cpu()
+    ready_process()
     try:
         main(argv[1:])
         sys.exit(0)
     except UserError as error:
         status, words = 2, f"error: {error}"
+    except BrokenPipeError:
+        os._exit(141)  # all is put away by now, but for words that would fail once more
     except OSError as error:
-        if error.errno not in USERS_ERRNO:
+        if not error.strerror:  # not the system's
             raise
-        status, words = 2, f"error: {error.strerror}: {error.filename or 'while writing'}"
+        status, words = 2, f"error: {error.strerror}: {error.filename2 or error.filename or 'while writing'}"
+    except (MemoryError, RuntimeError) as error:
+        if not MEMORY.search(repr(error)):
+            raise
+        status, words = 2, f"error: not enough memory: take a smaller size or batch; {str(error)[:200]}".removesuffix("; ")
     except KeyboardInterrupt as interrupt:
-        status, words = 130, f"interrupted: {interrupt}".removesuffix(": ")
+        status, words = 143 if "SIGTERM" in interrupt.args else 130, f"interrupted: {interrupt}".removesuffix(": ")
     print(f"minibooth.{Path(argv[0]).stem}:", *words.split(), file=sys.stderr)
     sys.exit(status)
 
@@ -56,9 +88,38 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, description: str | None, epilog: str | None = None):
         super().__init__(prog, None, description, epilog, allow_abbrev=False)
+        self.register("type", Path, path)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; {self.prog} --help lists the flags")
+
+
+def path(text: str) -> Path:
+    """A flag's path. The empty one is no folder's: where a script's variable is not set, Path would take this one, "."."""
+    if not text:
+        raise argparse.ArgumentTypeError("name a file or a folder, not ''")
+    return Path(text)
+
+
+def within(least: float, most: float = 10**5) -> Callable[[str], float]:
+    """The type of a flag that takes numbers from `least` to `most`, whole if `least` is."""
+
+    def number(text: str) -> float:
+        if least <= (value := type(least)(text)) <= most:
+            return value
+        raise argparse.ArgumentTypeError(f"{text} is not within {least} and {most}")
+
+    return number
+
+
+def ready_folder(folder: Path) -> None:
+    """Make a folder, if it is not there. Raises UserError where nothing can be written to it: better now than after hours."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{folder} is no folder that can be written ({error.strerror}): name another") from None
 
 
 def source_flags(parser: Parser) -> None:
@@ -74,7 +135,8 @@ def source_flags(parser: Parser) -> None:
 def lora_flags(parser: Parser) -> None:
     """The flags that name LoRAs: see `loras`."""
     parser.add_argument("--lora", nargs="+", default=[], metavar="L", help="LoRAs: files of diffusers' or kohya's, or folders")
-    parser.add_argument("--lora_weight", nargs="+", type=float, metavar="W", help="the strength of all, or of each [1]")
+    weight = "the strength of all, or of each [1]"
+    parser.add_argument("--lora_weight", nargs="+", type=within(-1e3, 1e3), metavar="W", help=weight)
 
 
 def loras(flags: argparse.Namespace) -> list[tuple[str, float]]:
@@ -93,8 +155,8 @@ def normalise(argv: Sequence[str]) -> list[str]:
 
 def device(name: str | None = None) -> torch.device:
     """The device of that name, or the best there: cuda, mps, cpu. Raises UserError for one that is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    usable = [kind for kind in there if there[kind]]
-    if name and name.split(":")[0] not in usable:
+    gpus = torch.cuda.device_count()
+    usable = ["cuda"][:gpus] + [f"cuda:{i}" for i in range(gpus)] + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if name and name not in usable:
         raise UserError(f"--device {name} is not there; {', '.join(usable)} would do")
     return torch.device(name or usable[0])

@@ -2,12 +2,16 @@
 
 import ctypes
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from minibooth import command
+from minibooth.checkpoint import files
 
 
 def test_commands_ask_for_huge_pages_unless_told_otherwise(monkeypatch):
@@ -40,3 +44,52 @@ def test_numbers_too_small_to_be_normal_count_as_zero():
     )
     words = [sys.executable, "-c", "; ".join(("import torch", "from minibooth import command", *lines))]
     assert subprocess.run(words, capture_output=True, text=True, check=True).stdout == "0\n"
+
+
+# ---- the process
+
+
+def test_sigterm_cleans_up_as_ctrl_c_does(tmp_path, capsys):
+    def main(argv):
+        with files.replacing(tmp_path / "x") as temporary:
+            temporary.write_text("half")
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(9)
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit, match="143"):
+            command.run(main, ["convert.py"])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err == "minibooth.convert: interrupted: SIGTERM\n"
+    assert not list(tmp_path.iterdir())
+
+
+TALK = """
+from tqdm import tqdm
+from minibooth import command
+command.run(lambda argv: [print(i, "\\xfc \\udcff") for i in tqdm(range(9999))], ["x.py"])
+"""
+
+
+def test_nobody_to_read_what_is_printed_ends_a_command_quietly():
+    with subprocess.Popen([sys.executable, "-c", TALK], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert b"Error" not in process.stderr.read()
+    assert process.returncode == 141
+
+
+def test_any_words_can_be_printed_in_any_locale_even_with_stderr_closed():
+    words = ["sh", "-c", '"$@" 2>&-', "sh", sys.executable, "-c", TALK]
+    plain = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(words, stdout=subprocess.PIPE, env=plain)
+    assert done.returncode == 0 and done.stdout.splitlines()[7] == rb"7 \xfc \udcff"
+
+
+def test_ctrl_c_among_the_imports_ends_a_command_quietly(tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+    where = dict(cwd=Path(command.__file__).parents[1], env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    done = subprocess.run([sys.executable, "-m", "minibooth.train"], capture_output=True, **where)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
