@@ -1,6 +1,8 @@
 """What the commands that draw share: flags, the pipeline these name, and PNGs with all that it takes to draw them again."""
 
 import argparse
+import contextlib
+import itertools
 import re
 import secrets
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from minibooth import command
-from minibooth.command import WEIGHTS
+from minibooth.command import WEIGHTS, within
 from minibooth.diffusion import load
 from minibooth.diffusion.images import save_png
 from minibooth.diffusion.pipeline import Pipeline
@@ -34,25 +36,17 @@ def parser(
     """The shared flags of the command `name`, whose model is that in weights/`embedded` where none is named."""
     parser = command.Parser(f"python -m minibooth.{name}", description)
     add = parser.add_argument
-    add(
-        "--model",
-        default=str(WEIGHTS / embedded),
-        help="a folder in the diffusers layout, a single file, or owner/name on the hub [embedded model]",
-    )
+    model = "a folder in the diffusers layout, a single file, or owner/name on the hub [embedded model]"
+    add("--model", default=str(WEIGHTS / embedded), help=model)
     command.lora_flags(parser)
     add("--negative_prompt", default="", metavar="P", help="what to steer away from")
-    add(
-        "--output_dir",
-        type=Path,
-        default=Path(output_dir),
-        metavar="D",
-        help=f"where they go, beside those there [{output_dir}]",
-    )
-    first = "drawn by lot" if seed is None else seed
-    add("--seed", type=int, default=seed, metavar="S", help=f"of the first picture; each further one adds 1 [{first}]")
-    add("--steps", type=int, default=steps, help=f"of the sampler [{steps}]")
+    where = f"where they go, beside those there [{output_dir}]"
+    add("--output_dir", type=Path, default=Path(output_dir), metavar="D", help=where)
+    first = f"of the first picture; each further one adds 1 [{'drawn by lot' if seed is None else seed}]"
+    add("--seed", type=within(0, 2**63), default=seed, metavar="S", help=first)
+    add("--steps", type=within(1), default=steps, help=f"of the sampler [{steps}]")
     guidance = f"how strictly to follow the prompt; 1 turns it off [{guidance_scale}]"
-    add("--guidance_scale", type=float, default=guidance_scale, help=guidance)
+    add("--guidance_scale", type=within(-1e3, 1e3), default=guidance_scale, help=guidance)
     add("--sampler", choices=[*SAMPLERS], help="[ddim; for XL euler]")
     add("--dtype", choices=["fp32", "fp16", "bf16"], help="what the networks compute in [fp16 on cuda, otherwise fp32]")
     add("--device", help="cuda, mps or cpu [the best there]")
@@ -61,7 +55,8 @@ def parser(
 
 
 def open_model(flags: argparse.Namespace, wanted: type[Pipeline]) -> Any:
-    """The pipeline of --model with its LoRAs. What was not said is settled: --sampler, --seed; and --output_dir is made."""
+    """The pipeline of --model with its LoRAs. Before, --output_dir is made; --sampler and --seed get what was not said."""
+    command.ready_folder(flags.output_dir)
     if Path(flags.model).parent == WEIGHTS and not Path(flags.model).is_dir():
         raise UserError(f"the embedded model is not in {flags.model}; name another with --model")
     pipe = open_other(flags, flags.model, wanted, prediction_type=flags.prediction_type, revision=flags.revision)
@@ -69,7 +64,6 @@ def open_model(flags: argparse.Namespace, wanted: type[Pipeline]) -> Any:
     flags.seed = secrets.randbits(32) if flags.seed is None else flags.seed
     for lora, weight in command.loras(flags):
         pipe.load_lora(lora, weight)
-    flags.output_dir.mkdir(parents=True, exist_ok=True)
     return pipe
 
 
@@ -83,21 +77,25 @@ def open_other(flags: argparse.Namespace, model: str, wanted: type[Pipeline], **
 def save(picture: Image.Image, folder: Path, prefix: str, metadata: dict[str, str]) -> None:
     """Write a PNG under the first name after the last of those numbered there, 0007.png or grid-0002.png, and print it."""
     names = (re.fullmatch(rf"{re.escape(prefix)}(\d+)\.png", path.name) for path in folder.iterdir())
-    path = folder / f"{prefix}{1 + max((int(name[1]) for name in names if name), default=-1):04d}.png"
-    save_png(picture, path, metadata)
+    numbers = itertools.count(1 + max((int(name[1]) for name in names if name), default=-1))
+    for path in (folder / f"{prefix}{number:04d}.png" for number in numbers):
+        with contextlib.suppress(FileExistsError):
+            path.touch(exist_ok=False)  # from now on the name is ours: others may be drawing into the folder, too
+            break
+    try:
+        save_png(picture, path, metadata)
+    except BaseException:
+        path.unlink()
+        raise
     print(path)
 
 
 def metadata(flags: argparse.Namespace, prompt: str, seed: int, size: tuple[int, int], **own: Any) -> dict[str, str]:
     """What a picture was drawn from, twice: a chunk for each setting (`own`: of the command), and A1111's way, in one."""
     a1111 = {
-        "Steps": flags.steps,
-        "Sampler": A1111[flags.sampler],
-        "CFG scale": flags.guidance_scale,
-        "Seed": seed,
-        "Size": f"{size[0]}x{size[1]}",
-        "Model": Path(flags.model).name,
-    }
+        "Steps": flags.steps, "Sampler": A1111[flags.sampler], "CFG scale": flags.guidance_scale, "Seed": seed,
+        "Size": f"{size[0]}x{size[1]}", "Model": Path(flags.model).name,
+    }  # fmt: skip
     negative = f"\nNegative prompt: {flags.negative_prompt}" if flags.negative_prompt else ""
     loras = "".join(f" <lora:{Path(path).stem}:{weight:g}>" for path, weight in command.loras(flags))
     parameters = f"{prompt}{loras}{negative}\n" + ", ".join(f"{key}: {value}" for key, value in a1111.items())

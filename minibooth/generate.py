@@ -8,7 +8,6 @@ from minibooth import command, drawing
 from minibooth.diffusion.images import grid
 from minibooth.diffusion.super_resolution import StableDiffusionUpscale
 from minibooth.diffusion.text_to_image import StableDiffusion
-from minibooth.errors import UserError
 
 
 def parser() -> command.Parser:
@@ -16,10 +15,10 @@ def parser() -> command.Parser:
     parser = drawing.parser("generate", __doc__, "tiny", steps=50, guidance_scale=7.5)
     add = parser.add_argument
     add("--prompt", nargs="+", required=True, metavar="P", help="what to draw, one or several")
-    add("--num_images", type=int, default=1, metavar="N", help="pictures of each prompt [1]")
-    add("--height", type=int, help="in pixels, divisible by 8 [the model's own]")
-    add("--width", type=int, help="in pixels, divisible by 8 [the model's own]")
-    add("--batch_size", type=int, default=4, help="pictures drawn at a time; no picture depends on it [4]")
+    add("--num_images", type=command.within(1), default=1, metavar="N", help="pictures of each prompt [1]")
+    add("--height", type=command.within(1), help="in pixels, divisible by 8 [the model's own]")
+    add("--width", type=command.within(1), help="in pixels, divisible by 8 [the model's own]")
+    add("--batch_size", type=command.within(1), default=4, help="pictures drawn at a time; no picture depends on it [4]")
     add("--upscaler", metavar="M", help="a super-resolution model that makes each picture four times as large [none]")
     return parser
 
@@ -27,15 +26,12 @@ def parser() -> command.Parser:
 def main(argv: Sequence[str]) -> None:
     """Draw as the command line says."""
     flags = parser().parse_args(command.normalise(argv))
-    if flags.num_images < 1 or flags.batch_size < 1:
-        raise UserError("--num_images and --batch_size start at 1")
     pipe = drawing.open_model(flags, StableDiffusion)
     upscaler = drawing.open_other(flags, flags.upscaler, StableDiffusionUpscale) if flags.upscaler else None
     more = {"upscaler": flags.upscaler} if upscaler else {}
 
     prompts = [prompt for prompt in flags.prompt for _ in range(flags.num_images)]
-    names = ("height", "width", "steps", "guidance_scale", "sampler")
-    settings = {name: getattr(flags, name) for name in names}
+    settings = {name: getattr(flags, name) for name in ("height", "width", "steps", "guidance_scale", "sampler")}
     pictures = []
     for start in range(0, len(prompts), flags.batch_size):
         batch = prompts[start : start + flags.batch_size]

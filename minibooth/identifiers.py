@@ -14,7 +14,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--model", required=True, help="a folder in the diffusers layout, or owner/name on the hub")
     parser.add_argument("--variant", help="of the weights' files, such as fp16")
     parser.add_argument("--revision", help="of a model on the hub: branch, tag or commit")
-    parser.add_argument("--count", type=int, default=20, help="how many [20]")
+    parser.add_argument("--count", type=command.within(1), default=20, help="how many [20]")
     flags = parser.parse_args(command.normalise(argv))
     source = Source.open(flags.model, variant=flags.variant, revision=flags.revision)
     embeddings = source.weights["text_encoder"]["text_model.embeddings.token_embedding.weight"]

@@ -32,13 +32,11 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--prompt has {len(flags.prompt)} for {len(paths)} pictures: give one, or one for each")
     prompts = flags.prompt * (len(paths) if len(flags.prompt) == 1 else 1)
     pipe = drawing.open_model(flags, StableDiffusionUpscale)
-    names = ("noise_level", "steps", "guidance_scale", "sampler", "tile")
-    settings = {name: getattr(flags, name) for name in names}
+    settings = {name: getattr(flags, name) for name in ("noise_level", "steps", "guidance_scale", "sampler", "tile")}
     for seed, (path, prompt) in enumerate(zip(paths, prompts, strict=True), start=flags.seed):
         settings |= dict(negative_prompts=flags.negative_prompt, seed=seed)
         (picture,) = pipe.generate(prompt, open_picture(path), **settings)
-        own = dict(images=path, noise_level=flags.noise_level, tile=flags.tile)
-        told = drawing.metadata(flags, prompt, seed, picture.size, **own)
+        told = drawing.metadata(flags, prompt, seed, picture.size, images=path, noise_level=flags.noise_level, tile=flags.tile)
         drawing.save(picture, flags.output_dir, f"{path.stem}-", told)
 
 

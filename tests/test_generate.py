@@ -1,13 +1,15 @@
 """`python -m minibooth.generate` leaves pictures that say how to draw them again; its mistakes take one line."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_run import photographs
 
-from minibooth import __main__, command, drawing, generate
+from minibooth import __main__, command, drawing, evaluate, generate, upscale
 from minibooth.errors import UserError
 
 
@@ -95,6 +97,26 @@ def test_without_a_seed_each_run_draws_something_else(draw, tmp_path):
     assert text(tmp_path / "out" / "0000.png")["seed"] != text(tmp_path / "out" / "0001.png")["seed"]
 
 
+def test_who_draws_into_a_folder_at_the_same_time_takes_another_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Path, "iterdir", lambda folder: iter(()))  # nobody sees the others
+    pictures = [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(24)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda picture: drawing.save(picture, tmp_path, "", {}), pictures))
+    names = [f"{i:04d}.png" for i in range(24)]
+    assert sorted(path.name for path in tmp_path.glob("*")) == names
+    assert sorted(Image.open(tmp_path / name).getpixel((0, 0))[0] for name in names) == [*range(24)]
+
+
+def test_a_picture_that_cannot_be_written_leaves_no_empty_one(tmp_path, monkeypatch):
+    def full(picture, path, metadata):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(drawing, "save_png", full)
+    with pytest.raises(OSError, match="No space left"):
+        drawing.save(Image.new("RGB", (8, 8)), tmp_path, "", {})
+    assert not list(tmp_path.iterdir())
+
+
 # ---- mistakes
 
 MISTAKES = {
@@ -107,7 +129,14 @@ MISTAKES = {
     "device": (["--prompt", "a", "--device", "tpu"], "--device tpu is not there"),
     "images": (["--prompt", "a", "--num_images", "0"], "--num_images"),
     "size": (["--prompt", "a", "--height", "60"], "divisible by 8"),
-    "steps": (["--prompt", "a", "--steps", "0"], "0 steps"),
+    "steps": (["--prompt", "a", "--steps", "0"], "--steps: 0 is not within 1 and 100000"),
+    "no height": (["--prompt", "a", "--height", "0"], "--height: 0 is not within"),
+    "no width": (["--prompt", "a", "--width", "0"], "--width: 0 is not within"),
+    "more images than ever": (["--prompt", "a", "--num_images", "1" + 20 * "0"], "--num_images: 1"),
+    "seed": (["--prompt", "a", "--seed", "1" + 20 * "0"], "--seed: 1"),
+    "no number": (["--prompt", "a", "--guidance_scale", "nan"], "--guidance_scale: nan is not within"),
+    "infinite": (["--prompt", "a", "--lora", "x", "--lora_weight", "1", "inf"], "--lora_weight: inf is not within"),
+    "no folder": (["--prompt", "a", "--output_dir", ""], "--output_dir: name a file or a folder, not ''"),
     "variant": (["--prompt", "a", "--variant", "fp16"], "fp16.safetensors is missing"),
 }
 
@@ -119,6 +148,21 @@ def test_a_mistake_ends_with_one_line_and_status_2(sd1, tmp_path, capsys, argv, 
     assert printed.startswith("minibooth.generate: error: ") and reason in printed
     assert printed.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("main", [generate.main, upscale.main, evaluate.main], ids=lambda main: main.__module__)
+@pytest.mark.parametrize("output", ["file", "file/x", "loop", "x" * 300])
+def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_read(main, output, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(drawing, "load", None)
+    photographs(tmp_path / "spot")
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "loop").symlink_to("loop")
+    own = ["--prompt", "a"] if main is generate.main else ["--images", str(tmp_path / "spot")]
+    with pytest.raises(SystemExit, match="2"):
+        command.run(main, ["x.py", *own, "--output_dir", str(tmp_path / output)])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path / output} is no folder that can be written" in line
+    assert (tmp_path / "file").read_text() == "precious"
 
 
 def test_without_the_embedded_model_its_place_is_named(tmp_path, monkeypatch, capsys):
@@ -140,7 +184,13 @@ def test_a_run_ends_as_a_process_should(capsys):
     ends = [
         (UserError("a\nb"), 2, "a b"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (KeyboardInterrupt("SIGTERM"), 143, "interrupted: SIGTERM"),
         (OSError(28, "full", "x"), 2, "full: x"),
+        (OSError(36, "File name too long", "new", None, "x"), 2, "File name too long: x"),
+        (OSError(2, "No such file", "x\udcff"), 2, "No such file: x\\udcff"),
+        (MemoryError(), 2, "not enough memory: take a smaller size or batch"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), 2, "smaller size or batch; CUDA out of memory. Tried"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "DefaultCPUAllocator: can't allocate memory"),
     ]
     for error, status, line in ends:
         with pytest.raises(SystemExit) as end:
@@ -148,8 +198,9 @@ def test_a_run_ends_as_a_process_should(capsys):
         assert end.value.code == status
         printed = capsys.readouterr().err
         assert printed.startswith("minibooth.train: ") and printed.endswith(f"{line}\n") and printed.count("\n") == 1
-    with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
-        command.run(raising(ZeroDivisionError()), ["/a/train.py"])
+    for bug in (ZeroDivisionError(), RuntimeError("shapes"), OSError("ours")):  # keeps its traceback
+        with pytest.raises(type(bug)):
+            command.run(raising(bug), ["/a/train.py"])
     with pytest.raises(SystemExit) as end:
         command.run(lambda argv: None, ["/a/train.py"])
     assert not end.value.code
@@ -163,13 +214,14 @@ def test_flags_are_alike_in_either_spelling_and_values_stay():
 
 @pytest.mark.parametrize("cuda, mps, best", [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
 def test_the_best_device_is_taken_unless_one_is_named(monkeypatch, cuda, mps, best):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2 * cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     assert command.device() == torch.device(best)
     assert command.device("cpu") == torch.device("cpu")
-    if not cuda:
-        with pytest.raises(UserError, match=f"cuda:0 is not there; .*{best}"):
-            command.device("cuda:0")
+    for name in ["cuda:2", "cuda:x", "cpu:x", "cpu:-1"] + ["cuda:0"] * (not cuda):
+        with pytest.raises(UserError, match=f"{name} is not there; {'cuda, cuda:0, cuda:1' if cuda else best}.* would do"):
+            command.device(name)
+    assert not cuda or command.device("cuda:1") == torch.device("cuda", 1)
 
 
 def test_the_package_lists_its_commands(capsys):
@@ -180,3 +232,11 @@ def test_the_package_lists_its_commands(capsys):
     for path in modules:
         line = path.read_text().splitlines()[0].strip('"')
         assert f"python -m minibooth.{path.stem}" in listed and line in listed
+
+
+@pytest.mark.parametrize("word, remedy", [("train", "use python -m minibooth.train\n"), ("x", "one of train, generate")])
+def test_the_package_takes_no_words(word, remedy, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        __main__.main([word, "--rank", "4"])
+    said = capsys.readouterr()
+    assert not said.out and remedy in said.err and said.err.count("\n") == 1

@@ -57,5 +57,7 @@ def test_the_command_lists_words_of_a_checkpoint(sd1, capsys):
     with pytest.raises(SystemExit) as end:
         command.run(identifiers.main, ["identifiers.py", "--model", str(sd1), "--count", "3"])
     assert end.value.code == 0
+    with pytest.raises(SystemExit, match="2"):
+        command.run(identifiers.main, ["identifiers.py", "--model", str(sd1), "--count=-5"])
     words = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert words and set(words) <= {"dog", "cat", "sks"} - {"sks"}
