@@ -27,10 +27,11 @@ def main(argv: Sequence[str]) -> None:
     """Convert as the command line says, one tensor in memory at a time."""
     flags = parser().parse_args(command.normalise(argv))
     target = flags.target
-    if target.exists():
+    if target.exists() or target.is_symlink():
         raise UserError(f"{target} is there already; choose another name, or remove it first")
-    if target.suffix in files.PICKLES:
-        raise UserError(f"{target} would be a pickle; a single file is written as {target.with_suffix('.safetensors')}")
+    if target.suffix.lower() in (*files.PICKLES, ".safetensors") and target.suffix != ".safetensors":
+        raise UserError(f"a single file is written as {target.with_suffix('.safetensors')}, not as {target.name}")
+    command.ready_folder(target.parent)
     how = {name: getattr(flags, name) for name in ("variant", "revision", "tokenizer", "ema", "prediction_type")}
     source = Source.open(flags.source, **how, mapped=False)
     lora.merge(source, command.loras(flags))

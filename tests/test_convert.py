@@ -89,26 +89,33 @@ def test_the_average_and_the_prediction_type_are_the_users(tmp_path):
 # ---- refusals
 
 
-@pytest.mark.parametrize("target", ["there.safetensors", "there"])
+@pytest.mark.parametrize("target", ["there.safetensors", "there", "link"])
 def test_what_is_there_is_never_overwritten(target, tmp_path, capsys):
     path = tmp_path / target
-    path.mkdir() if target == "there" else path.write_bytes(b"precious")
+    if target == "link":
+        path.symlink_to("nowhere")
+    else:
+        path.mkdir() if target == "there" else path.write_bytes(b"precious")
     assert run(folder("sd1"), path) == 2
     assert f"{path} is there already" in capsys.readouterr().err
     assert [entry.name for entry in tmp_path.iterdir()] == [target]
-    assert target == "there" or path.read_bytes() == b"precious"
+    assert target != "there.safetensors" or path.read_bytes() == b"precious"
 
 
 @pytest.mark.parametrize(
     "words, reason",
     [
         (["nowhere", "x"], "nowhere is missing"),
-        ([file("sd1"), "x.ckpt"], "would be a pickle"),
+        ([file("sd1"), "x.CKPT"], "a single file is written as x.safetensors, not as x.CKPT"),
+        ([file("sd1"), "x.SAFETENSORS"], "a single file is written as x.safetensors, not as x.SAFETENSORS"),
+        ([file("sd1"), ""], "name a file or a folder"),
+        ([file("sd1"), f"{file('sd1')}/x.safetensors"], "sd1.safetensors is no folder that can be written"),
+        ([file("sd1"), "x" * 300], "File name too long: " + "x" * 300),
         ([file("sd1"), "x", "--dtype=fp8"], "fp8"),
         ([file("sd1"), "x", "--ema"], "no EMA weights"),
         ([file("sd1")], "DST"),
     ],
-    ids=["source", "pickle", "dtype", "ema", "target"],
+    ids=["source", "pickle", "capitals", "empty", "in a file", "long", "dtype", "ema", "target"],
 )
 def test_mistakes_end_in_one_line_and_leave_nothing(words, reason, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
