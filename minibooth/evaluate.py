@@ -62,16 +62,16 @@ def parser() -> command.Parser:
     """The command's flags."""
     parser = drawing.parser("evaluate", __doc__, "tiny", 50, 7.5, output_dir="evaluation", seed=0)
     add = parser.add_argument
-    add("--images", metavar="D", help="folder of the subject's photographs [those it was trained on, by run.json]")
+    add("--images", type=Path, metavar="D", help="folder of the subject's photographs [those it was trained on, by run.json]")
     add("--identifier", metavar="W", help="the word for the subject [by run.json, or sks]")
     add("--class_noun", metavar="W", help="the word for its class [by run.json]")
     add("--subject", metavar="NAME", help="its folder in the output folder [that of --images]")
     add("--live", action="store_true", help="the subject is alive: prompts that dress it")
     add("--prompts", type=Path, metavar="F", help="the published prompts_and_classes.txt, or one like it [prompts of our own]")
-    add("--num_images", type=int, default=4, metavar="N", help="pictures of each prompt [4]")
-    add("--num_class_images", type=int, default=25, metavar="N", help='pictures of "a CLASS_NOUN", for PRES [25]')
-    add("--resolution", type=int, metavar="N", help="side of the pictures [by run.json, or the model's own]")
-    add("--batch_size", type=int, default=4, help="pictures drawn at a time [4]")
+    add("--num_images", type=command.within(1), default=4, metavar="N", help="pictures of each prompt [4]")
+    add("--num_class_images", type=command.within(0), default=25, metavar="N", help='pictures of "a CLASS_NOUN", for PRES [25]')
+    add("--resolution", type=command.within(1), metavar="N", help="side of the pictures [by run.json, or the model's own]")
+    add("--batch_size", type=command.within(1), default=4, help="pictures drawn at a time [4]")
     for name in PUBLISHED:
         add(f"--{name}", metavar="M", help=f"a folder, owner/name[@revision] on the hub, or none [{PUBLISHED[name]}]")
     add("--lpips", default="none", metavar="F", help="safetensors file, for DIV; see models/vision.py [none]")
@@ -82,16 +82,17 @@ def complete(flags: argparse.Namespace) -> None:
     """Fill in what was not given, by the run.json that minibooth.train leaves beside a model or a LoRA.
 
     The identifier is what the instance prompt has and the class prompt has not; the class noun follows it. Raises UserError
-    for what remains unknown, and for numbers that mean nothing.
+    for what remains unknown.
     """
     places = [path if path.is_dir() else path.parent for path in map(Path, [*flags.lora, flags.model])]
     runs = [files.read_json(place / "run.json") for place in places if (place / "run.json").is_file()]
-    said = runs[0].get("settings", {}) if runs else {}
+    told = runs[0].get("settings") if runs else {}
+    said = {k: told[k] for k, x in EMBEDDED.items() if isinstance(told.get(k), type(x))} if isinstance(told, dict) else {}
     embedded = Path(said.get("pretrained_model_name_or_path") or flags.model).resolve().parent == drawing.WEIGHTS
     said = said or (EMBEDDED if embedded else {})
-    prompt, known = said.get("instance_prompt") or "", (said.get("class_prompt") or "").split()
+    prompt, noun = said.get("instance_prompt", ""), said.get("class_prompt", "").split()
     if flags.identifier is None:
-        flags.identifier = " ".join(word for word in prompt.split() if known and word not in known) or "sks"
+        flags.identifier = " ".join(word for word in prompt.split() if noun and word not in noun) or "sks"
     flags.class_noun = flags.class_noun or prompt.partition(f"{flags.identifier} ")[2]
     flags.images = flags.images or said.get("instance_data_dir")
     flags.resolution = flags.resolution or said.get("resolution")
@@ -102,9 +103,6 @@ def complete(flags: argparse.Namespace) -> None:
         raise UserError("--images is missing: the folder of the subject's photographs")
     if not flags.class_noun:
         raise UserError(f"--class_noun is missing: what {flags.identifier!r} is, such as dog (see --identifier too)")
-    for name, least in {"num_images": 1, "batch_size": 1, "num_class_images": 0}.items():
-        if getattr(flags, name) < least:
-            raise UserError(f"--{name} starts at {least}")
     flags.subject = flags.subject or Path(flags.images).resolve().name
 
 
@@ -160,9 +158,8 @@ def measure(
     return {"figures": figures, "real": ceilings, "prompts": rows}
 
 
-def table(folder: Path) -> str:
-    """Every subject whose results are in `folder`, their mean, and, but for the embedded encoder's, the paper."""
-    found = {path.parent.name: files.read_json(path) for path in sorted(folder.glob("*/results.json"))}
+def table(found: Mapping[str, Any]) -> str:
+    """Results by subject, their mean, and, but for the embedded encoder's, the paper."""
     rows = {f"{name}, {len(x['prompts'])} x {x['settings']['num_images']} pictures": x["figures"] for name, x in found.items()}
     if len(found) > 1:
         rows[f"mean of {len(found)} subjects"] = means([*rows.values()])
@@ -192,8 +189,16 @@ def main(argv: Sequence[str]) -> None:
 
     results = {"subject": flags.subject, **measure(real, drawn, of_class, clip, dino, lpips), "model": how}
     results |= {"settings": vars(flags), "versions": {"python": platform.python_version(), "torch": torch.__version__}}
-    files.write_text(folder / "results.json", json.dumps(results, indent=2, default=str) + "\n")
-    print(f"{table(flags.output_dir)}\n{folder / 'results.json'}")
+    own = folder / "results.json"
+    files.write_text(own, json.dumps(results, indent=2, default=str) + "\n")
+    found: dict[str, Any] = {}
+    for path in sorted({own, *flags.output_dir.glob("*/results.json")}):
+        try:
+            table(said := {path.parent.name: files.read_json(path)})
+            found |= said
+        except Exception as error:  # nearly anything, of a damaged file
+            print(f"{path} is left out, for it holds no results: {error!r}")
+    print(f"{table(found)}\n{own}")
 
 
 if __name__ == "__main__":

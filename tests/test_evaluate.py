@@ -63,7 +63,7 @@ class Kit:
         """Evaluate `tiny`, or what `words` say; returns what the one results.json says."""
         words = [*(["--model", tiny(), *self.subject] if usual else []), *self.encoders, *self.few, *words]
         evaluate.main(["--device", "cpu", "--output_dir", str(output), *map(str, words)])
-        return json.loads(max(output.glob("*/results.json"), key=lambda path: path.stat().st_mtime_ns).read_text())
+        return json.loads(max(output.rglob("results.json"), key=lambda path: path.stat().st_mtime_ns).read_text())
 
 
 @pytest.fixture(scope="module")
@@ -328,7 +328,16 @@ def test_the_words_are_those_of_the_instance_prompt(tmp_path, instance, of_class
         assert (flags.identifier, flags.class_noun) == words and flags.images == "spot"
         flags = evaluate.parser().parse_args(["--model", str(place), "--identifier", "a", "--class_noun", "b", "--images", "c"])
         evaluate.complete(flags)
-        assert (flags.identifier, flags.class_noun, flags.images) == ("a", "b", "c")
+        assert (flags.identifier, flags.class_noun, flags.images) == ("a", "b", Path("c"))
+
+
+@pytest.mark.parametrize("settings", [None, [], {"instance_prompt": 5, "class_prompt": ["a"], "resolution": "64"}])
+def test_a_run_json_that_makes_no_sense_says_nothing(tmp_path, settings):
+    write_json(tmp_path / "run.json", {"settings": settings})
+    flags = evaluate.parser().parse_args(["--model", str(tmp_path), "--images", "c"])
+    with pytest.raises(minibooth.errors.UserError, match="--class_noun is missing"):
+        evaluate.complete(flags)
+    assert flags.resolution is None
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -380,6 +389,25 @@ def test_the_table_has_every_subject_their_mean_and_the_paper(kit, tmp_path, cap
     assert lines[3].split()[-5:] == [f"{value:.3f}" for value in means]
 
 
+DAMAGED = [
+    "{}",
+    "[",
+    '{"prompts": [], "settings": null}',
+    '{"prompts": [], "settings": {}, "figures": {"DINO": "0.5"}, "real": {}}',
+]
+
+
+@pytest.mark.parametrize("damaged", DAMAGED)
+def test_damaged_results_of_another_subject_are_left_out(kit, tmp_path, capsys, damaged):
+    (tmp_path / "another").mkdir()
+    (tmp_path / "another" / "results.json").write_text(damaged)
+    figures = kit.run(tmp_path, "--subject", "kept/spot", "--lpips", "none")["figures"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{tmp_path / 'another' / 'results.json'} is left out")
+    assert lines[2].split()[-5:-1] == [f"{figures[name]:.3f}" for name in evaluate.COLUMNS[:-1]]
+    assert lines[3].startswith("real pictures") and (tmp_path / "another" / "results.json").read_text() == damaged
+
+
 # ---- mistakes
 
 MISTAKES = {
@@ -388,7 +416,8 @@ MISTAKES = {
     "no prompts": (["--prompts", "/nowhere"], "--prompts /nowhere is missing"),
     "no encoder": (["--dino", "/nowhere"], "--dino none leaves its figures out"),
     "no lpips": (["--lpips", "/nowhere"], "--lpips none"),
-    "no pictures": (["--num_images", "0"], "--num_images starts at 1"),
+    "no pictures": (["--num_images", "0"], "--num_images: 0 is not within 1 and 100000"),
+    "no resolution": (["--resolution", "0"], "--resolution: 0 is not within"),
     "unknown": (["--promts", "x"], "--promts"),
 }
 
