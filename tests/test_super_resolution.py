@@ -345,6 +345,15 @@ def test_files_and_folders_are_enlarged_and_nothing_is_overwritten(enlarge, tmp_
         assert difference([a], [b]) <= 1
 
 
+def test_a_name_that_is_no_utf8_is_a_name(x4, tmp_path, capsys):
+    picture(8, 8).save(tmp_path / "a\udcff.png")
+    words = ["--model", x4, "--images", tmp_path / "a\udcff.png", "--output_dir", tmp_path, "--steps", 1]
+    with pytest.raises(SystemExit, match="0"):
+        command.run(upscale.main, ["upscale.py", *map(str, words)])
+    assert "a\\udcff.png" in text(tmp_path / "a\udcff-0000.png")[1]["images"]
+    assert "a\\udcff-0000.png" in capsys.readouterr().out
+
+
 def test_generate_draws_and_enlarges_in_one_go(sd1, x4, tmp_path):
     words = ["--model", sd1, "--upscaler", x4, "--prompt", "a dog", "a cat", "--steps", 2, "--seed", 7, "--device=cpu"]
     generate.main([*map(str, words), "--output_dir", str(tmp_path)])
@@ -365,6 +374,7 @@ BROKEN = {
     "level": (["--images", "a.png", "--noise_level", "900"], "noise_level=900 is not within 0 and 350"),
     "tile": (["--images", "a.png", "--tile", "0"], "tile=0 is too small"),
     "no images": ([], "--images"),
+    "an empty name": (["--images", ""], "--images: name a file or a folder, not ''"),
 }
 
 
