@@ -109,6 +109,21 @@ def test_a_truncated_file_is_named(tmp_path, kept):
     assert f"{path} is not a whole safetensors file" in refusal(tmp_path, "model")
 
 
+def test_a_file_that_is_not_there_or_cannot_be_read_is_not_called_damaged(tmp_path):
+    for path, reason in ((tmp_path / "gone.safetensors", "No such file"), (tmp_path, "")):
+        with pytest.raises(UserError, match=f"{path} cannot be read: .*{reason}"):
+            files.Tensors([path])
+
+
+def test_the_file_of_an_unknown_dtype_is_named(tmp_path):
+    save_file(TENSORS, tmp_path / "one.safetensors")
+    header = b'{"d":{"dtype":"F8_E8M0","shape":[1],"data_offsets":[0,1]}}'
+    (tmp_path / "two.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
+    tensors = files.Tensors([tmp_path / "one.safetensors", tmp_path / "two.safetensors"])
+    with pytest.raises(UserError, match=r"two.safetensors: d is stored as F8_E8M0; supported: F64"):
+        files.meta(tensors)
+
+
 class Trap:
     def __reduce__(self):
         return (os.mkdir, ("sprung",))
@@ -125,7 +140,10 @@ def test_a_pickle_is_refused_and_never_opened(tmp_path, monkeypatch, name):
     assert not (tmp_path / "sprung").exists()
 
 
-@pytest.mark.parametrize("text, reason", [("{", "not valid JSON"), ("[]", "no JSON object"), (None, "is missing")])
+@pytest.mark.parametrize(
+    "text, reason",
+    [("{", "JSONDecodeError"), ("[]", "'list' object is not a mapping"), ("[" * 10**5, "RecursionError"), (None, "is missing")],
+)
 def test_broken_json_is_named(tmp_path, text, reason):
     path = tmp_path / "config.json"
     if text is not None:

@@ -20,7 +20,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from minibooth.errors import UserError
+from minibooth.errors import UserError, blaming
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 DTYPES = {  # as files call them
@@ -39,7 +39,7 @@ class Tensors(Mapping[str, Tensor]):
     """
 
     def __init__(self, files: list[Path], mapped: bool = True):
-        self._owner: dict[str, Any] = {}
+        self._owner: dict[str, tuple[Path, Any]] = {}
         self.metadata: dict[str, str] = {}
         for path in files:
             if path.suffix in PICKLES:
@@ -47,12 +47,13 @@ class Tensors(Mapping[str, Tensor]):
             try:
                 handle = safetensors.safe_open(path, framework="pt", backend="mmap" if mapped else "pread")
             except (safetensors.SafetensorError, OSError) as error:
-                raise UserError(f"{path} is not a whole safetensors file ({error}); download or convert it again") from None
-            self._owner |= dict.fromkeys(handle.keys(), handle)
+                broken = f"is not a whole safetensors file ({error}); download or convert it again"
+                raise UserError(f"{path} {f'cannot be read: {error}' if isinstance(error, OSError) else broken}") from None
+            self._owner |= dict.fromkeys(handle.keys(), (path, handle))
             self.metadata |= handle.metadata() or {}
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._owner[name].get_tensor(name)
+        return self._owner[name][1].get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._owner)
@@ -63,9 +64,10 @@ class Tensors(Mapping[str, Tensor]):
     @functools.cached_property
     def meta(self) -> dict[str, Tensor]:
         """Dtypes and shapes, as tensors on meta."""
-        headers = {name: handle.get_slice(name) for name, handle in self._owner.items()}
-        if unknown := [name for name, header in headers.items() if header.get_dtype() not in DTYPES]:
-            raise UserError(f"{unknown[0]} is stored as {headers[unknown[0]].get_dtype()}; supported: {', '.join(DTYPES)}")
+        headers = {name: handle.get_slice(name) for name, (_, handle) in self._owner.items()}
+        for name, header in headers.items():
+            if (stored := header.get_dtype()) not in DTYPES:
+                raise UserError(f"{self._owner[name][0]}: {name} is stored as {stored}; supported: {', '.join(DTYPES)}")
         return {n: torch.empty(h.get_shape(), dtype=DTYPES[h.get_dtype()], device="meta") for n, h in headers.items()}
 
 
@@ -140,13 +142,8 @@ def read_json(path: Path) -> dict:
 
 def parse_json(data: bytes, name: Path | str) -> dict:
     """The object that JSON text holds; `name` is for the error."""
-    try:
-        parsed = json.loads(data)
-    except ValueError as error:
-        raise UserError(f"{name} is not valid JSON ({error})") from None
-    if not isinstance(parsed, dict):
-        raise UserError(f"{name} holds no JSON object")
-    return parsed
+    with blaming(name):
+        return {**json.loads(data)}
 
 
 def write_weights(
@@ -204,6 +201,9 @@ def replacing(path: Path, merge: bool = False) -> Iterator[Path]:
                 os.replace(source, target)
                 undo.callback(os.rename, target, source)
             undo.pop_all()
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say
+        raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
