@@ -177,6 +177,21 @@ def test_a_row_is_start_text_end_and_padding(tmp_path):
     assert long[0] == vocab[START] and long[-1] == vocab[END] and vocab["!"] not in long.tolist()
 
 
+def test_a_string_is_one_text(tmp_path):
+    write(tmp_path, *small_vocabulary(), "SD 1")
+    tokenizer = Tokenizer.from_files(read(tmp_path))
+    assert torch.equal(tokenizer("a dog"), tokenizer(["a dog"]))
+
+
+@pytest.mark.parametrize("text", ["a dog \udcff", "\ud83d"])  # bytes that are no UTF-8, as Python hands them on; half an emoji
+def test_what_is_no_valid_text_is_refused(text, tmp_path):
+    write(tmp_path, *small_vocabulary(), "SD 1")
+    tokenizer = Tokenizer.from_files(read(tmp_path))
+    for ask in (tokenizer, tokenizer.tokens, lambda text: tokenizer(["a", text])):
+        with pytest.raises(UserError, match=r"\\ud.*no valid text"):
+            ask(text)
+
+
 def test_a_silent_folder_pads_with_the_end_token(tmp_path):
     vocab, merges = small_vocabulary()
     write(tmp_path, vocab, merges, "nothing")

@@ -191,7 +191,7 @@ def test_another_kind_than_is_wanted_is_refused(clip, dino):
     [
         ({"model_type": "siglip"}, (), "siglip"),
         ({"hidden_act": "swish"}, (), "swish"),
-        ({"image_size": [32, 32]}, (), "no encoder that is known"),
+        ({"image_size": [32, 32]}, (), "image_size"),
         ({"num_hidden_layers": 2}, (), "has unexpected encoder.layers.2"),
         ({"image_size": 48}, (), "position_embedding"),
         ({}, {"layernorm.bias"}, "lacks post_layernorm.bias"),

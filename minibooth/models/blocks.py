@@ -43,7 +43,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, context_width: int = 0, bias: bool = False, upcast: bool = False):
         super().__init__()
         self.heads, self.upcast = heads, upcast
-        self.to_q = nn.Linear(width, width, bias)
+        self.to_q = nn.Linear(width, width // heads * heads, bias)  # heads that do not divide the width fit no weights
         self.to_k = nn.Linear(context_width or width, width, bias)
         self.to_v = nn.Linear(context_width or width, width, bias)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])

@@ -19,7 +19,7 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int, causal: bool):
         super().__init__()
         self.heads, self.causal = heads, causal
-        self.k_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width // heads * heads)  # heads that do not divide the width fit no weights
         self.v_proj = nn.Linear(width, width)
         self.q_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)

@@ -5,19 +5,34 @@ CLIPConfig, ViTConfig), since published files leave out what equals the default 
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from types import UnionType
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin
 
 from minibooth.errors import UserError
-from minibooth.models import ops
 
-# The UNet's blocks, and whether they attend to the prompt.
-ATTENDS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False, "CrossAttnUpBlock2D": True, "UpBlock2D": False}
+UNetBlock = Literal["CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"]
+ATTENDS = {kind: kind.startswith("Cross") for kind in get_args(UNetBlock)}  # whether they attend to the prompt
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value is what a field's annotation says; a number is a size or a factor here, and never negative."""
+    kinds = get_args(kind)
+    if isinstance(kind, UnionType):
+        return any(fits(value, each) for each in kinds)
+    if get_origin(kind) is Literal:
+        return value in kinds
+    if kinds:  # a tuple's
+        return isinstance(value, tuple) and (... in kinds or len(value) == len(kinds)) and all(fits(x, kinds[0]) for x in value)
+    if kind is float:
+        return type(value) in (int, float) and 0 < value < math.inf
+    return type(value) is kind and (kind is not int or value >= 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Base of all: `from_dict` refuses by name whatever would change the network and is not implemented."""
+    """Base of all. Raises UserError, with the key, for whatever would change the network and is not implemented."""
 
     NEUTRAL: ClassVar[Mapping[str, Any]] = {}  # keys that are read, with the only value they may have
     CLASSES: ClassVar[tuple[str, ...]] = ()  # what `_class_name` may say
@@ -28,14 +43,19 @@ class Config:
         found = config.get("_class_name", cls.CLASSES[0])
         if found not in cls.CLASSES:
             raise UserError(f"config.json describes a {found}; supported here: {', '.join(cls.CLASSES)}")
-        fields = {field.name for field in dataclasses.fields(cls)}
+        usual = {field.name: field.default for field in dataclasses.fields(cls)}
         values = {}
         for key, value in config.items():
-            if key in fields:
+            if key in usual and (value is not None or usual[key]):  # null: as if left out, where that says nothing
                 values[key] = tuple(value) if isinstance(value, list) else value
             elif not key.startswith("_") and value != (neutral := cls.NEUTRAL.get(key)) and (value or neutral):
                 raise UserError(f"{cls.CLASSES[0]}: {key}={value!r} in config.json is not supported")
         return cls(**values)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if not fits(value := getattr(self, field.name), field.type):
+                raise UserError(f"{self.CLASSES[0]}: {field.name}={value!r} in config.json is not supported")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +74,8 @@ class UNetConfig(Config):
     out_channels: int = 4
     sample_size: int | tuple[int, int] = 64
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    down_block_types: tuple[UNetBlock, ...] = (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D")
+    up_block_types: tuple[UNetBlock, ...] = ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3)
     layers_per_block: int = 2
     attention_head_dim: int | tuple[int, ...] = 8
     cross_attention_dim: int = 1280
@@ -66,15 +86,9 @@ class UNetConfig(Config):
     transformer_layers_per_block: int | tuple[int, ...] = 1
     only_cross_attention: bool | tuple[bool, ...] = False
     num_class_embeds: int | None = None
-    addition_embed_type: str | None = None
-    addition_time_embed_dim: int = 256
-    projection_class_embeddings_input_dim: int = 2816
-
-    def __post_init__(self) -> None:
-        if self.addition_embed_type not in (None, "text_time"):
-            raise UserError(f"UNet2DConditionModel: addition_embed_type={self.addition_embed_type!r} is not supported")
-        if unknown := {*self.down_block_types, *self.up_block_types} - ATTENDS.keys():
-            raise UserError(f"UNet2DConditionModel: block type {unknown.pop()} is not supported; {', '.join(ATTENDS)} are")
+    addition_embed_type: Literal["text_time", None] = None
+    addition_time_embed_dim: int = 0  # where there is such an embedding
+    projection_class_embeddings_input_dim: int = 0
 
     def per_level(self, value: int | tuple[int, ...]) -> tuple[int, ...]:
         """A setting that may be one for all levels, spread over them."""
@@ -90,7 +104,7 @@ class VAEConfig(Config):
 
     in_channels: int = 3
     out_channels: int = 3
-    sample_size: int = 32
+    sample_size: int | tuple[int, int] = dataclasses.field(default=32, compare=False)  # says nothing of the network
     latent_channels: int = 4
     block_out_channels: tuple[int, ...] = (64,)
     down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
@@ -112,17 +126,13 @@ class TransformerConfig(Config):
     intermediate_size: int = 3072
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
-    hidden_act: str = "quick_gelu"
+    hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
     layer_norm_eps: float = 1e-5
-
-    def __post_init__(self) -> None:
-        if self.hidden_act not in ops.ACTIVATIONS:
-            raise UserError(f"{self.CLASSES[0]}: hidden_act={self.hidden_act!r} in config.json is not supported")
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
         """Reads the section of a whole CLIP model too."""
-        config = {"architectures": [], **(config.get(cls.SECTION) or config)}
+        config = config.get(cls.SECTION) or config
         return super().from_dict({f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config})
 
 
@@ -139,8 +149,8 @@ class CLIPTextConfig(TransformerConfig):
     intermediate_size: int = 2048
     num_attention_heads: int = 8
     max_position_embeddings: int = 77
-    projection_dim: int = 512
-    architectures: tuple[str, ...] = CLASSES
+    projection_dim: int = dataclasses.field(default=512, compare=False)  # which the weights' shapes tell
+    architectures: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +175,7 @@ class ViTConfig(VisionConfig):
     PLAIN = True
 
     patch_size: int = 16
-    hidden_act: str = "gelu"
+    hidden_act: Literal["quick_gelu", "gelu"] = "gelu"
     layer_norm_eps: float = 1e-12
 
 

@@ -5,15 +5,17 @@ OpenAI's own code first repairs broken unicode (ftfy) and unescapes HTML entitie
 """
 
 import json
+import operator
+import re
 from collections.abc import Iterable, Mapping
 
 import torch
-from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Encoding, Regex, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 from torch import Tensor
 
-from minibooth.errors import UserError
+from minibooth.errors import UserError, blaming
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 SPECIAL = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}  # where the folder does not say
@@ -32,22 +34,26 @@ class Tokenizer:
     def from_files(cls, files: Mapping[str, bytes]) -> "Tokenizer":
         """Build from a folder's files, name to content: vocab.json and merges.txt or tokenizer.json, then its settings.
 
-        Raises UserError if the vocabulary is missing or does not hold a special token.
+        Raises UserError if the vocabulary is missing or damaged, or does not hold a special token.
         """
-        parsed = {name: json.loads(data) for name, data in files.items() if name.endswith(".json")}
-        whole, config = parsed.get("tokenizer.json", {}), parsed.get("tokenizer_config.json", {})
+
+        def parsed(name: str) -> dict:
+            with blaming(name):
+                return {**json.loads(files.get(name, b"{}"))}
+
+        whole, config = parsed("tokenizer.json"), parsed("tokenizer_config.json")
         if whole:
             vocab, merges = whole["model"]["vocab"], whole["model"]["merges"]
         elif missing := [name for name in ("vocab.json", "merges.txt") if name not in files]:
             raise UserError(f"the tokenizer's folder lacks {' and '.join(missing)} (tokenizer.json would do instead)")
         else:
-            vocab, merges = parsed["vocab.json"], files["merges.txt"].decode().splitlines()
+            vocab, merges = parsed("vocab.json"), files["merges.txt"].decode().splitlines()
             merges = [line for line in merges if line and not line.startswith("#version")]
 
         if "added_tokens_decoder" in config:
             added = list(config["added_tokens_decoder"].values())
         else:  # the older way, in which the map overrules the configuration
-            added, config = whole.get("added_tokens", []), config | parsed.get("special_tokens_map.json", {})
+            added, config = whole.get("added_tokens", []), config | parsed("special_tokens_map.json")
         special = {role: _entry(config.get(role) or default) for role, default in SPECIAL.items()}
         name = {role: token["content"] for role, token in special.items()}
         listed = {token["content"] for token in added}
@@ -61,20 +67,26 @@ class Tokenizer:
         backend.add_tokens([AddedToken(token["content"], normalized=token.get("normalized", False)) for token in added])
 
         length = config.get("model_max_length", MAX_LENGTH)
-        length = length if length < 1e6 else MAX_LENGTH  # transformers writes 1e30 where none was set
+        length = operator.index(length) if length < 1e6 else MAX_LENGTH  # transformers writes 1e30 where none was set
         ids = backend.get_vocab()
         start, end, pad = (ids[name[f"{role}_token"]] for role in ("bos", "eos", "pad"))
         return cls(backend, start, end, pad, length)
 
-    def __call__(self, texts: Iterable[str]) -> Tensor:
-        """Ids [B, max_length]: start, as much of the text as fits, end, padding."""
-        encoded = (self.backend.encode(text).ids[: self.max_length - 2] for text in texts)
+    def __call__(self, texts: str | Iterable[str]) -> Tensor:
+        """Ids [B, max_length]: start, as much of the text as fits, end, padding. A string is one text."""
+        texts = [texts] if isinstance(texts, str) else texts
+        encoded = (self._encode(text).ids[: self.max_length - 2] for text in texts)
         rows = [[self.start, *ids, self.end] for ids in encoded]
         return torch.tensor([row + [self.pad] * (self.max_length - len(row)) for row in rows])
 
     def tokens(self, text: str) -> list[str]:
         """The text's tokens without start, end and padding; a token that ends a word ends in `</w>`."""
-        return self.backend.encode(text).tokens
+        return self._encode(text).tokens
+
+    def _encode(self, text: str) -> Encoding:
+        if re.search("[\ud800-\udfff]", text):  # bytes of a command line that are no UTF-8 become these
+            raise UserError(f"the prompt {text!a} is no valid text; write it in UTF-8")
+        return self.backend.encode(text)
 
 
 def _entry(token: str | dict) -> dict:
