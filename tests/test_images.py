@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 
 from minibooth.diffusion import images
+from minibooth.errors import UserError
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -57,6 +58,21 @@ def test_a_png_holds_the_picture_and_its_texts(tmp_path):
     with Image.open(path) as saved:
         assert saved.format == "PNG" and saved.text == metadata and saved.tobytes() == picture.tobytes()
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_no_text_is_written_escaped(tmp_path):
+    """A path may hold bytes that are no UTF-8."""
+    images.save_png(noise(8, 8), tmp_path / "00.png", {"model": "caf\udce9"})
+    with Image.open(tmp_path / "00.png") as saved:
+        assert saved.text == {"model": "caf\\udce9"}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_no_picture(value):
+    pixels = torch.zeros(3, 4, 4, dtype=torch.float16)
+    pixels[1, 2, 3] = value
+    with pytest.raises(UserError, match=r"float16 is not finite.*--dtype"):
+        images.to_image(pixels)
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):

@@ -150,7 +150,17 @@ def test_a_file_may_leave_everything_out():
     ({"interpolation_type": "log_linear"}, "interpolation_type='log_linear'"),
     ({"lambda_min_clipped": -5.1}, "lambda_min_clipped=-5.1"),
     ({"never_heard_of": 1}, "never_heard_of=1"),
-    ({"trained_betas": [0.1, 0.2]}, "2 trained_betas for num_train_timesteps=1000"),
+    ({"_class_name": 7}, "_class_name='7' is not supported"),
+    ({"_class_name": None}, "_class_name='None' is not supported"),
+    ({"beta_schedule": ["linear"]}, r"beta_schedule=\['linear'\] is not supported"),
+    ({"trained_betas": [0.1, 0.2]}, "trained_betas, are not num_train_timesteps numbers"),
+    ({"trained_betas": [[0.1], [0.2]], "num_train_timesteps": 2}, "are not num_train_timesteps numbers"),
+    ({"num_train_timesteps": 0}, "are not num_train_timesteps numbers"),
+    ({"beta_start": 0}, "between 0 and 1"),
+    ({"beta_start": -0.1, "beta_schedule": "linear"}, "between 0 and 1"),
+    ({"beta_end": 1.1}, "between 0 and 1"),
+    ({"beta_end": 1.1, "rescale_betas_zero_snr": True}, "between 0 and 1"),
+    ({"beta_end": float("nan")}, "between 0 and 1"),
 ])  # fmt: skip
 def test_what_would_change_results_is_refused_by_name(settings, message):
     with pytest.raises(ValueError, match=message):

@@ -120,6 +120,10 @@ def test_pictures_of_any_size_and_one_prompt_for_all(ours):
         (dict(noise_level=351), "noise_level=351 is not within 0 and 350"),
         (dict(noise_level=-1), "noise_level=-1"),
         (dict(tile=7), "tile=7 is too small"),
+        (dict(images=[]), "0 pictures"),
+        (dict(seed=-1), "from seed -1"),
+        (dict(seed=2**64 - 1), "2 pictures from seed 18446744073709551615"),
+        (dict(guidance_scale=float("nan")), "guidance_scale=nan"),
     ],
 )
 def test_what_does_not_fit_is_named(ours, arguments, reason):

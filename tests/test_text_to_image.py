@@ -98,11 +98,34 @@ def test_a_size_that_cannot_be_drawn_is_refused(pipe, size):
         ({"steps": 0}, "0 steps"),
         ({"latents": torch.zeros(1, 4, 8, 8)}, "latents"),
         ({"latents": torch.zeros(2, 3, 8, 8)}, "latents"),
+        ({"prompts": []}, "0 pictures"),
+        ({"seed": -1}, "from seed -1"),
+        ({"seed": 2**64}, "0 to 2.64 - 1"),
+        ({"seed": 2**64 - 1}, "2 pictures from seed 18446744073709551615"),  # of which the second has none
+        ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
+        ({"guidance_scale": float("inf")}, "guidance_scale=inf"),
+        ({"prompts": ["a \udcff", ""]}, "no valid text"),
     ],
 )
 def test_what_does_not_go_together_is_refused(pipe, options, reason):
     with pytest.raises(UserError, match=reason):
-        pipe.generate(PROMPTS, **({"steps": 1} | options))
+        pipe.generate(**({"prompts": PROMPTS, "steps": 1} | options))
+
+
+def test_a_string_is_one_prompt(pipe):
+    assert torch.equal(pipe.encode_prompts("a cat"), pipe.encode_prompts(["a cat"]))
+
+
+def test_the_last_seed_there_is(pipe):
+    assert len(pipe.generate(PROMPTS, steps=1, seed=2**64 - 2)) == 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e30])
+def test_a_network_that_overflows_draws_no_black_pictures(sd1, value):
+    broken = minibooth.load(sd1)
+    broken.unet.conv_out.bias.data.fill_(value)
+    with pytest.raises(UserError, match="not finite"):
+        broken.generate("a dog", steps=2)
 
 
 def test_only_guidance_heeds_the_negative_prompt(pipe):

@@ -11,6 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from minibooth.checkpoint import files
+from minibooth.errors import UserError
 
 GAP = 4  # pixels between the pictures of a grid
 
@@ -21,7 +22,12 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """[3, H, W] in [-1, 1], of any float type and device, as an RGB picture; values beyond the range are clamped."""
+    """[3, H, W] in [-1, 1], of any float type and device, as an RGB picture; values beyond the range are clamped.
+
+    Raises UserError for values that are no numbers, such as a network leaves that overflows.
+    """
+    if not pixels.isfinite().all():
+        raise UserError(f"a picture of {pixels.dtype} is not finite: draw in fp32 or bf16 (--dtype), or with other weights")
     levels = (pixels.detach().float() + 1).mul_(127.5).round_().clamp_(0, 255)
     return Image.fromarray(levels.byte().permute(1, 2, 0).cpu().numpy())
 
@@ -40,6 +46,6 @@ def save_png(image: Image.Image, path: Path, metadata: Mapping[str, str]) -> Non
     """Write a PNG with `metadata` as its text chunks; a failure leaves what was there before."""
     chunks = PngInfo()
     for key, text in metadata.items():
-        chunks.add_text(key, text)
+        chunks.add_text(key, text.encode(errors="backslashreplace").decode())  # a path may hold what is no text
     with files.replacing(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=chunks)

@@ -9,10 +9,13 @@ B is the batch size.
 
 import contextlib
 import hashlib
+import secrets
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+from minibooth.errors import UserError
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
@@ -31,6 +34,17 @@ def generator(seed: int, *key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))  # torch keeps 32 bits of a CPU seed
 
 
+def seeds_from(first: int | None, count: int) -> range:
+    """The seeds of `count` pictures, one after the other, from one drawn by lot where `first` is None.
+
+    Raises UserError for no pictures, and for seeds that torch does not take as they are.
+    """
+    first = secrets.randbits(32) if first is None else first
+    if not count or first < 0 or first + count > 2**64:
+        raise UserError(f"{count} pictures from seed {first} on cannot be drawn: take one or more, and a seed of 0 to 2^64 - 1")
+    return range(first, first + count)
+
+
 @contextlib.contextmanager
 def seeded(device: torch.device, seed: int, *key: int | str) -> Iterator[None]:
     """Within, torch's global generators are seeded by (seed, *key), since dropout takes no other; then as they were."""
@@ -40,10 +54,7 @@ def seeded(device: torch.device, seed: int, *key: int | str) -> Iterator[None]:
 
 
 def gaussian(
-    shape: Sequence[int],
-    generators: Generators = None,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    shape: Sequence[int], generators: Generators = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Standard normals of `shape`, [B, ...], on `device` in `dtype`.
 

@@ -3,6 +3,7 @@
 Shapes: B pictures, N prompt tokens, D width of their encoding, C channels and h x w size of the latent.
 """
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from minibooth.checkpoint.load import SCHEDULE, Source
 from minibooth.diffusion.noise import Generators
 from minibooth.diffusion.samplers import Predict, calls, trajectory
 from minibooth.diffusion.scheduler import DDPMScheduler
-from minibooth.errors import UserError
+from minibooth.errors import UserError, blaming
 from minibooth.models import lora
 from minibooth.models.clip import CLIPText
 from minibooth.models.unet import UNet
@@ -53,7 +54,8 @@ class Pipeline:
             raise UserError(f"{source.name} is {kind}: its UNet takes {channels} channels")
         if dtype == torch.float16 and self.vae.config.force_upcast and not self.half_vae:
             self.vae.float()
-        self.scheduler = DDPMScheduler.from_config(source.json(SCHEDULE))
+        with blaming(f"{source.name}/{SCHEDULE}"):
+            self.scheduler = DDPMScheduler.from_config(source.json(SCHEDULE))
         self.tokenizer = source.tokenizer()
 
     @property
@@ -66,7 +68,7 @@ class Pipeline:
         self.source.save(Path(path), {name: network.state_dict() for name, network in self.networks.items()})
 
     def load_lora(self, path: str | Path, weight: float = 1.0, merge: bool = False) -> None:
-        """Add a LoRA, a file of diffusers' or kohya's or a folder with pytorch_lora_weights.safetensors, in strength `weight`.
+        """Add a LoRA, a file of diffusers' or kohya's or a folder that holds one, in strength `weight`.
 
         Several add up. `merge` adds them into the weights for good, which draws faster and rounds them in half precision;
         `save` writes the sum in any case. Raises UserError for what is no LoRA, or one for another base.
@@ -113,6 +115,8 @@ class Pipeline:
 
     def guided(self, conditions: Sequence[Condition], guidance_scale: float) -> Predict:
         """What the UNet predicts, led from the first of one or two conditions to the last. Ho & Salimans 2022, eq. 6."""
+        if not math.isfinite(guidance_scale):
+            raise UserError(f"guidance_scale={guidance_scale} is no finite number; {self.kind} takes some 1 to 15")
         copies, rows = len(conditions), [torch.cat(parts) for parts in zip(*conditions, strict=True)]
 
         def predict(x: Tensor, t: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ Shapes: B batch; T `num_train_timesteps`; x0 and noise [B, ...]; t LongTensor [B
 """
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
@@ -82,21 +83,21 @@ CHOICES: dict[str, Iterable[str]] = dict(
 
 def _read(config: Mapping[str, Any]) -> dict[str, Any]:
     """A value for every key of DEFAULTS; UserError for what would otherwise go wrong in silence."""
-    name = config.get("_class_name", "DDPMScheduler")
+    name = str(config.get("_class_name", "DDPMScheduler"))
     if name.removesuffix("Scheduler") not in CLASSES:
-        raise UserError(f"scheduler_config.json: _class_name={name!r} is not supported; {', '.join(CLASSES)} are")
+        raise UserError(f"_class_name={name!r} is not supported; {', '.join(CLASSES)} are")
     values = DEFAULTS | CLASSES[name.removesuffix("Scheduler")]
     for key, value in config.items():
         if key in DEFAULTS:
             values[key] = values[key] if value is None else value
         elif key in NEUTRAL:
             if value is not None and value not in NEUTRAL[key]:
-                raise UserError(f"scheduler_config.json: {key}={value!r} is not supported; {NEUTRAL[key][0]!r} is")
+                raise UserError(f"{key}={value!r} is not supported; {NEUTRAL[key][0]!r} is")
         elif value and key not in IGNORED and not key.startswith("_"):
-            raise UserError(f"scheduler_config.json: {key}={value!r} is not supported; turn it off or remove it")
+            raise UserError(f"{key}={value!r} is not supported; turn it off or remove it")
     for key, choices in CHOICES.items():
-        if values[key] not in choices:
-            raise UserError(f"scheduler_config.json: {key}={values[key]!r} is not supported; {', '.join(choices)} are")
+        if values[key] not in [*choices]:
+            raise UserError(f"{key}={values[key]!r} is not supported; {', '.join(choices)} are")
     return values
 
 
@@ -115,19 +116,19 @@ class DDPMScheduler:
         self.num_train_timesteps: int = values["num_train_timesteps"]
         self.prediction_type: str = values["prediction_type"]
         self.timestep_spacing: str = values["timestep_spacing"]
-        self.steps_offset: int = values["steps_offset"]
+        self.steps_offset = operator.index(values["steps_offset"])
         self.variance_type: str = values["variance_type"]
-        self.clip: float = values["clip_sample_range"] if values["clip_sample"] else math.inf
+        self.clip: float = float(values["clip_sample_range"]) if values["clip_sample"] else math.inf
 
         if values["trained_betas"] is not None:
             betas = torch.tensor(values["trained_betas"], dtype=torch.float32)
         else:
             schedule = BETAS[values["beta_schedule"]]
             betas = schedule(values["beta_start"], values["beta_end"], self.num_train_timesteps)
-        if len(betas) != self.num_train_timesteps:
-            raise UserError(f"{len(betas)} trained_betas for num_train_timesteps={self.num_train_timesteps}")
         if values["rescale_betas_zero_snr"]:
             betas = _zero_terminal_snr(betas)
+        if betas.shape != (max(self.num_train_timesteps, 1),) or not ((betas > 0) & (betas <= 1)).all():
+            raise UserError("beta_start to beta_end, or trained_betas, are not num_train_timesteps numbers between 0 and 1")
         self.alphas_cumprod = torch.cumprod(1 - betas, 0)
         self.final_alpha_cumprod: float = 1.0 if values["set_alpha_to_one"] else self.alphas_cumprod[0].item()
 
@@ -174,9 +175,9 @@ class DDPMScheduler:
             raise UserError(f"cannot place {steps} steps on a schedule of {T} timesteps: take 1 to {T}")
         numbers = torch.arange(steps, dtype=torch.float64)
         times = SPACINGS[self.timestep_spacing](T, steps, self.steps_offset, numbers)
-        if times[0] > T - 1:
-            offset = f"steps_offset={self.steps_offset}"
-            raise UserError(f"{steps} steps with {offset} start past the schedule's last timestep, {T - 1}: take fewer")
+        if not 0 <= times[-1] <= times[0] <= T - 1:
+            they = f"{steps} steps with steps_offset={self.steps_offset}"
+            raise UserError(f"{they} start past the schedule's last timestep, {T - 1}, or end before its first: take others")
         return times
 
     def timesteps(self, steps: int) -> Tensor:

@@ -9,7 +9,6 @@ Shapes: h x w, the picture's size and the latent's; 4h x 4w, the result's. Neith
 """
 
 import math
-import secrets
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,10 +17,10 @@ from torch import Tensor
 
 from minibooth.checkpoint.load import Source
 from minibooth.diffusion.images import to_image, to_tensor
-from minibooth.diffusion.noise import gaussian
+from minibooth.diffusion.noise import gaussian, seeds_from
 from minibooth.diffusion.pipeline import Condition, Pipeline
 from minibooth.diffusion.scheduler import DDPMScheduler
-from minibooth.errors import UserError
+from minibooth.errors import UserError, blaming
 
 TILE = 256  # pixels of the picture: larger ones are drawn in parts
 OVERLAP = 1 / 4  # of a tile, at least
@@ -70,10 +69,13 @@ class StableDiffusionUpscale(Pipeline):
 
     def __init__(self, source: Source, dtype: torch.dtype, device: torch.device | str):
         super().__init__(source, dtype, device)
-        if not self.unet.config.num_class_embeds:
-            raise UserError(f"{source.name} is no x4-upscaler: its UNet knows no noise level (num_class_embeds)")
-        self.low_res_scheduler = DDPMScheduler.from_config(source.json("low_res_scheduler/scheduler_config.json"))
+        with blaming(f"{source.name}/low_res_scheduler/scheduler_config.json"):
+            self.low_res_scheduler = DDPMScheduler.from_config(source.json("low_res_scheduler/scheduler_config.json"))
         self.max_noise_level: int = source.json("model_index.json").get("max_noise_level", 350)
+        levels = min(self.unet.config.num_class_embeds or 0, self.low_res_scheduler.num_train_timesteps)
+        if self.max_noise_level not in range(levels):
+            unknown = f"its UNet knows no noise level {self.max_noise_level!r} (max_noise_level, num_class_embeds)"
+            raise UserError(f"{source.name} is no x4-upscaler: {unknown}")
 
     @torch.no_grad()
     def generate(
@@ -101,11 +103,10 @@ class StableDiffusionUpscale(Pipeline):
             if len(words) not in (1, len(images)):
                 raise UserError(f"{len(words)} prompts for {len(images)} pictures: give one, or one for each")
         conditions = [self.condition(words) for words in texts[guidance_scale <= 1 :]]
-        first = secrets.randbits(32) if seed is None else seed
         pictures = []
-        for i, image in enumerate(images):
+        for i, (image, own_seed) in enumerate(zip(images, seeds_from(seed, len(images)), strict=True)):
             own = [tuple(each[i % len(each)][None] for each in condition) for condition in conditions]
-            pictures.append(self.draw(image, own, first + i, noise_level, steps, guidance_scale, sampler, tile))
+            pictures.append(self.draw(image, own, own_seed, noise_level, steps, guidance_scale, sampler, tile))
         return pictures
 
     @torch.no_grad()

@@ -3,7 +3,6 @@
 Shapes: B pictures, N prompt tokens, D width of their encoding, h x w latent size, H x W picture size.
 """
 
-import secrets
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from minibooth.checkpoint.load import Source
 from minibooth.diffusion.images import to_image
-from minibooth.diffusion.noise import gaussian
+from minibooth.diffusion.noise import gaussian, seeds_from
 from minibooth.diffusion.pipeline import Condition, Pipeline
 from minibooth.errors import UserError
 from minibooth.models.clip import CLIPText
@@ -51,9 +50,8 @@ class StableDiffusion(Pipeline):
         negative = [negative_prompts] if isinstance(negative_prompts, str) else negative_prompts
         if negative and len(negative) not in (1, len(prompts)):
             raise UserError(f"{len(negative)} negative prompts for {len(prompts)} prompts")
+        seeds = seeds_from(seed, len(prompts))
         unconditional = self.unconditional(negative) if guidance_scale > 1 else None
-        first = secrets.randbits(32) if seed is None else seed
-        seeds = range(first, first + len(prompts))
         return self.draw(self.condition(prompts), unconditional, seeds, height, width, steps, guidance_scale, sampler, latents)
 
     @torch.no_grad()
@@ -106,9 +104,9 @@ class StableDiffusionXL(StableDiffusion):
 
     def tokens(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
         """What `encode` takes: both tokenizers' ids [B, N], and the sizes of a whole picture [B, 6]."""
-        h, w = self.latent_size(None, None)
-        whole = torch.tensor([[h, w, 0, 0, h, w]] * len(prompts), device=self.device) * self.factor
-        return (*super().tokens(prompts), self.tokenizer_2(prompts).to(self.device), whole)
+        (ids,), (h, w) = super().tokens(prompts), self.latent_size(None, None)
+        whole = torch.tensor([h, w, 0, 0, h, w], device=self.device) * self.factor
+        return ids, self.tokenizer_2(prompts).to(self.device), whole.expand(len(ids), 6)
 
     def encode(self, ids: Tensor, ids_2: Tensor, sizes: Tensor) -> Condition:  # type: ignore[override]
         """The UNet's conditioning: context [B, N, D1 + D2], pooled [B, P], and the sizes [B, 6]."""
