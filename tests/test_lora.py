@@ -303,6 +303,21 @@ def rewritten(change):
     return lambda path: save_file(change(load_file(path)), path)
 
 
+def saying(text):
+    """A spoiler that leaves alpha to the metadata, which say this."""
+
+    def spoil(path):
+        tensors = {key: x for key, x in load_file(path).items() if not key.endswith(".alpha")}
+        save_file(tensors, path, {"lora_adapter_metadata": text})
+
+    return spoil
+
+
+def cut(key, tensor):
+    """The tensor at rank 0."""
+    return tensor[:0] if "lora_down" in key else tensor[:, :0] if "lora_up" in key else tensor
+
+
 UP = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_up.weight"
 SPOILED = {
     "damaged": (lambda path: path.write_bytes(b"\x00" * 99), "not a whole safetensors file"),
@@ -314,9 +329,15 @@ SPOILED = {
     "unknown": (rewritten(lambda tensors: tensors | {"lora_unet_x.alpha": torch.ones(())}), "no layer for its"),
     "one dimension": (rewritten(lambda tensors: tensors | {UP: torch.ones(16)}), "is [16], but"),
     "no dimension": (rewritten(lambda tensors: tensors | {UP: torch.ones(())}), "is [], but"),
-    "another rank": (rewritten(lambda tensors: tensors | {UP: torch.ones(16, 9)}), "differ in rank"),
+    "another rank": (rewritten(lambda tensors: tensors | {UP: torch.ones(16, 9)}), "no common rank"),
     "many alphas": (rewritten(lambda tensors: tensors | {UP.replace("lora_up.weight", "alpha"): torch.ones(2)}), "is [2], but"),
-    "metadata": (lambda path: save_file(load_file(path), path, {"lora_adapter_metadata": "{"}), "not valid JSON"),
+    "rank 0": (rewritten(lambda tensors: {k: cut(k, x) for k, x in tensors.items()}), "no common rank"),
+    "whole numbers": (rewritten(lambda tensors: {k: x.to(torch.int32) for k, x in tensors.items()}), "RuntimeError"),
+    "metadata": (saying("{"), "JSONDecodeError"),
+    "a pattern that is none": (saying('{"unet.alpha_pattern": 3}'), "'int' object has no attribute 'items'"),
+    "a pattern that is wrong": (saying('{"unet.alpha_pattern": {"(": 1}}'), "unterminated subpattern"),
+    "alpha in words": (saying('{"unet.lora_alpha": "x", "text_encoder.lora_alpha": "x"}'), "could not convert string to float"),
+    "no alpha": (saying('{"unet.lora_alpha": null, "text_encoder.lora_alpha": null}'), "TypeError: float()"),
 }  # fmt: skip
 
 
@@ -337,6 +358,17 @@ def test_a_pickle_and_a_folder_without_a_lora_are_refused(sd1, tmp_path):
         minibooth.load(sd1).load_lora(tmp_path / "lora.pt")
     with pytest.raises(UserError, match=r"pytorch_lora_weights.safetensors is missing"):
         minibooth.load(sd1).load_lora(tmp_path)
+
+
+def test_the_only_file_of_a_folder_is_its_lora(sd1, tmp_path):
+    diffusers, kohya = lora_of(sd1, tmp_path)
+    expected, source = files.read(kohya, Source.open(sd1)), Source.open(sd1)
+    diffusers.rename(tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="pytorch_lora_weights.safetensors is missing.*or no other"):  # which of the two?
+        files.read(tmp_path, source)
+    (tmp_path / "other.safetensors").unlink()
+    (tmp_path / "notes.txt").write_text("of one file")
+    assert flat(files.read(tmp_path, source)).keys() == flat(expected).keys()
 
 
 def test_strengths_fit_the_loras(sd1, tmp_path, capsys):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from minibooth.checkpoint import files, ldm
 from minibooth.checkpoint.load import Source
-from minibooth.errors import UserError
+from minibooth.errors import UserError, blaming
 from minibooth.models.lora import Adapter, layers, merged
 
 DIFFUSERS = "pytorch_lora_weights.safetensors"
@@ -52,42 +52,44 @@ def spellings(source: Source) -> Iterator[tuple[str, tuple[str, str, torch.Size]
 
 
 def read(path: str | Path, source: Source, weight: float = 1.0) -> Adapters:
-    """The adapters in a file, or in a folder that holds `DIFFUSERS`, for a checkpoint's networks and in this strength.
+    """The adapters in a file, or in a folder's `DIFFUSERS` or only file, for a checkpoint's networks and in this strength.
 
     Raises UserError for what is missing, no LoRA, or one for another base: naming the first key that does not fit.
     """
-    path = Path(path) / DIFFUSERS if Path(path).is_dir() else Path(path)
+    there = [*Path(path).glob("*.safetensors")]  # of a folder
+    path = (there[0] if len(there) == 1 else Path(path) / DIFFUSERS) if Path(path).is_dir() else Path(path)
     if not path.is_file():
-        raise UserError(f"{path} is missing; a LoRA is a .safetensors file, or a folder that holds {DIFFUSERS}")
-    tensors, known = files.Tensors([path]), dict(spellings(source))
-    config = files.parse_json(tensors.metadata.get("lora_adapter_metadata", "{}").encode(), path)
-    found: dict[tuple[str, str], dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        match = KEY.fullmatch(key)
-        name = (match["layer"] or match["of"]) if match else ""
-        for old, new in RENAMES:
-            name = old.sub(new, name)
-        if not match:
-            raise UserError(f"{path}: {key} is no part of a LoRA as it is known here (lora_A or down, lora_B or up, alpha)")
-        if name not in known:
-            raise UserError(f"{path} is a LoRA for another base: this model has no layer for its {key} {[*tensor.shape]}")
-        part, layer, (outputs, *inputs) = known[name]
-        end = "down" if match["down"] else "up" if match["up"] else "alpha"
-        ones: list[Any] = [1] * (len(inputs) - 1)
-        shapes = {"down": ["rank", *inputs], "up": [outputs, "rank", *ones], "alpha": [1] * tensor.dim()}
-        needed = shapes[end]
-        if len(tensor.shape) != len(needed) or any(n not in (own, "rank") for own, n in zip(tensor.shape, needed, strict=True)):
-            shape = f"{part}.{layer} of this model needs [{', '.join(map(str, needed))}]"
-            raise UserError(f"{path} is a LoRA for another base: its {key} is {[*tensor.shape]}, but {shape}")
-        found.setdefault((part, layer), {})[end] = tensor
-    if not found:
-        raise UserError(f"{path} is empty")
-    adapters: Adapters = {}
-    for (part, layer), x in found.items():
-        if "down" not in x or "up" not in x or x["up"].shape[1] != len(x["down"]):
-            raise UserError(f"{path}: {part}.{layer} lacks its down or up, or they differ in rank; download it again")
-        alpha = x["alpha"].item() if "alpha" in x else said(config, part, layer, len(x["down"]))
-        adapters.setdefault(part, {})[layer] = Adapter(x["down"], x["up"], alpha, weight)
+        raise UserError(f"{path} is missing; a LoRA is a .safetensors file, or a folder that holds {DIFFUSERS} or no other")
+    with blaming(path):
+        tensors, known = files.Tensors([path]), dict(spellings(source))
+        config = files.parse_json(tensors.metadata.get("lora_adapter_metadata", "{}").encode(), path)
+        found: dict[tuple[str, str], dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            match = KEY.fullmatch(key)
+            name = (match["layer"] or match["of"]) if match else ""
+            for old, new in RENAMES:
+                name = old.sub(new, name)
+            if not match:
+                raise UserError(f"{path}: {key} is no part of a LoRA as it is known here (lora_A or down, lora_B or up, alpha)")
+            if name not in known:
+                raise UserError(f"{path} is a LoRA for another base: this model has no layer for its {key} {[*tensor.shape]}")
+            part, layer, (outputs, *inputs) = known[name]
+            end = "down" if match["down"] else "up" if match["up"] else "alpha"
+            ones: list[Any] = [1] * (len(inputs) - 1)
+            shapes = {"down": ["rank", *inputs], "up": [outputs, "rank", *ones], "alpha": [1] * tensor.dim()}
+            needed = shapes[end]
+            if [*tensor.shape] != [n if own == "rank" else own for own, n in itertools.zip_longest(needed, tensor.shape)]:
+                shape = f"{part}.{layer} of this model needs [{', '.join(map(str, needed))}]"
+                raise UserError(f"{path} is a LoRA for another base: its {key} is {[*tensor.shape]}, but {shape}")
+            found.setdefault((part, layer), {})[end] = tensor
+        if not found:
+            raise UserError(f"{path} is empty")
+        adapters: Adapters = {}
+        for (part, layer), x in found.items():
+            if "down" not in x or "up" not in x or not x["up"].shape[1] == len(x["down"]) > 0:
+                raise UserError(f"{path}: {part}.{layer} lacks its down or up, or they have no common rank; download it again")
+            alpha = x["alpha"].item() if "alpha" in x else said(config, part, layer, len(x["down"]))
+            adapters.setdefault(part, {})[layer] = Adapter(x["down"], x["up"], alpha, weight)
     return adapters
 
 
@@ -111,7 +113,7 @@ def said(config: Mapping[str, Any], part: str, layer: str, rank: int) -> float:
     """A layer's alpha by peft's configuration, which diffusers keeps in the metadata; the rank where there is none."""
     patterns = config.get(f"{part}.alpha_pattern") or {}
     own = [alpha for pattern, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", layer)]
-    alpha = (own or [config.get(f"{part}.lora_alpha", rank)])[0]
+    alpha = float((own or [config.get(f"{part}.lora_alpha", rank)])[0])
     return alpha * rank**0.5 if config.get(f"{part}.use_rslora") else alpha
 
 
