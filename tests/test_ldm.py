@@ -361,7 +361,7 @@ def test_a_vocabulary_that_is_nowhere_is_named(tmp_path):
     shutil.copy(file("sd1"), path)
     said = refusal(path)
     assert "vocab.json and merges.txt" in said and "--tokenizer" in said and "openai/clip-vit-large-patch14" in said
-    assert f"{tmp_path / 'no'} holds no vocabulary" in refusal(path, tokenizer=tmp_path / "no")
+    assert f"missing in {tmp_path / 'no'} and its folder tokenizer" in refusal(path, tokenizer=tmp_path / "no")
 
 
 def test_a_folder_takes_another_vocabulary_too(tmp_path):
@@ -388,8 +388,13 @@ def refiner(tensors):
     return renamed
 
 
-def reshaped(tensors):
-    tensors[f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"] = torch.zeros(16, 5)
+def shaped(name, *shape):
+    return lambda tensors: tensors | {name: torch.zeros(shape)}
+
+
+TO_K = f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+MIDDLE = f"{UNET}middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+JOINED = "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_bias"
 
 
 REFUSED = {
@@ -401,9 +406,17 @@ REFUSED = {
     "no text encoder": ("sd2", without("cond_stage_model"), r"lacks its text_encoder \(cond_stage_model"),
     "unet alone": ("sdxl", without(VAE, "conditioner"), "lacks its vae .* and text_encoder .* and text_encoder_2"),
     "one tensor": ("sd1", without(f"{UNET}middle_block.0.emb_layers.1.bias"), "lacks mid_block.resnets.0.time_emb_proj.bias"),
-    "no level": ("sd1", without(f"{VAE}encoder.down.1.block.0.conv1"), "lacks encoder.down.1.block.0.conv1.weight"),
+    "no level": ("sd1", without(f"{VAE}encoder.down.1.block.0.conv1"), "KeyError: 'encoder.down.1.block.0.conv1.weight"),
     "a tensor more": ("sd1", lambda x: x | {f"{UNET}input_hint.0.weight": torch.zeros(1)}, "unexpected .*input_hint"),
-    "another shape": ("sd1", reshaped, r"to_k.weight is \[16, 5\]"),
+    "another shape": ("sd1", shaped(TO_K, 16, 5), r"to_k.weight is \[16, 5\]"),
+    "a number": ("sd1", shaped(f"{UNET}input_blocks.0.0.weight"), "IndexError"),
+    "a row": ("sd1", shaped(f"{UNET}input_blocks.0.0.weight", 16), "IndexError"),
+    "a row in the middle": ("sd1", shaped(MIDDLE, 16), "IndexError"),
+    "no channels": ("sd1", shaped(f"{UNET}input_blocks.0.0.weight", 16, 0, 3, 3), "takes 0 channels"),
+    "an embedding of a row": ("sd2", shaped("cond_stage_model.model.token_embedding.weight", 16), "ValueError"),
+    "q, k and v as a number": ("sd2", shaped(JOINED), "RuntimeError"),
+    "q, k and v as one": ("sd2", shaped(JOINED, 1), "IndexError"),
+    "a large convolution": ("sd1", shaped(f"{VAE}encoder.mid.attn_1.q.weight", 16, 16, 3, 3), "RuntimeError"),
     "kohya's lora": ("sd1", lambda x: {"lora_unet_mid.lora_down.weight": torch.zeros(1)}, "a LoRA"),
     "diffusers' lora": ("sd1", lambda x: {"unet.mid.to_q.lora_A.weight": torch.zeros(1)}, "a LoRA"),
     "another model": ("sd1", lambda x: {"double_blocks.0.img_attn.qkv.weight": torch.zeros(1)}, "begin with double_blocks.0"),

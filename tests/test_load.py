@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import write_json
+from conftest import END, write_json
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
@@ -223,6 +223,89 @@ def test_what_does_not_fit_is_refused_by_name(sd1, copy_of, change, reason):
     folder = copy_of(sd1)
     change(folder)
     assert re.search(reason, refusal(folder))
+
+
+ODD = (None, "x", -1, [1], {}, True, float("inf"))  # Infinity is JSON to Python
+MALFORMED = {  # of a folder's small files, keys and what they might say
+    "model_index.json": {"_class_name": ([1], 7)},
+    "unet/config.json": {
+        "sample_size": (None, "x", [1], [1, 2, 3], -8, 1.5), "norm_num_groups": (*ODD, 0, 3), "norm_eps": (*ODD, 0),
+        "attention_head_dim": (0, -1, 3, "x"), "block_out_channels": ([], [-16] * 4, 16), "in_channels": (0, -4, 10**30),
+        "layers_per_block": (0, "x"), "cross_attention_dim": (None, -24), "down_block_types": (1, ["x"] * 4, [[]] * 4),
+        "num_class_embeds": ("x", -1), "addition_embed_type": (1, [1]), "use_linear_projection": (1, True),
+    },
+    "vae/config.json": {"scaling_factor": (*ODD, 0), "block_out_channels": ([], 8), "latent_channels": (0, -4, None)},
+    "text_encoder/config.json": {
+        "num_attention_heads": (*ODD, 0, 5, 4.0), "hidden_act": (1, [1], {}), "layer_norm_eps": (None, "x", 0),
+        "hidden_size": (0, -24), "num_hidden_layers": (None, -1, 2.5), "vocab_size": (0, "x"), "architectures": (1, [1]),
+    },
+    "scheduler/scheduler_config.json": {
+        "_class_name": (None, 1, [1]), "beta_schedule": ([1], {}), "beta_start": ("x", [1], -0.1, 0, 1.5),
+        "beta_end": ("x", -0.1, 1.5), "steps_offset": ("x", [1], 1.5), "num_train_timesteps": ("x", 0, -1, 1.5),
+        "trained_betas": ("x", 1, [1], ["x"], {}),
+    },
+    "tokenizer/tokenizer_config.json": {
+        "model_max_length": (None, "x", 2.5, 77.0, [1], 0, 1, -5, 78), "bos_token": (5, [1], {"a": 1}, "none"),
+        "added_tokens_decoder": (5, [1], {"1": 2}, {"1": {"content": 2}}, {"1": {"content": "new"}}), "pad_token": (5, [1]),
+    },
+    "tokenizer/special_tokens_map.json": {"unk_token": (5, [1], {"content": 5}), "eos_token": (5, "none")},
+    "tokenizer/vocab.json": {END: ([1], "x", 10**6, -1, 1.5, None), "a": ([1], "x", 10**6)},
+}  # fmt: skip
+NOT_JSON = ("", "{", "[]", "null", "[" * 10**5, b"\xff\xfe\x00")
+WHOLE = {path: NOT_JSON for path in MALFORMED} | {
+    "tokenizer/merges.txt": ("a", "a b c", "sk s</w>\nx yz", b"\xff\xfe\x00\x01", "  "),
+    "tokenizer/tokenizer.json": (
+        "[1]",
+        '{"model": {}}',
+        '{"model": 3}',
+        '{"model": {"vocab": [], "merges": {}}}',
+        *NOT_JSON[:2],
+    ),
+}
+
+
+@pytest.mark.parametrize("path, key", [(path, key) for path, keys in MALFORMED.items() for key in keys])
+def test_whatever_a_setting_says_it_is_a_users_mistake(sd1, copy_of, path, key):
+    folder = copy_of(sd1)
+    if not (folder / path).exists():
+        write_json(folder / path, {})
+    for value in MALFORMED[path][key]:
+        edit(folder / path, **{key: value})
+        said = refusal(folder)
+        assert str(folder) in said and ("/" not in path or path.split("/")[0] in said), value
+
+
+@pytest.mark.parametrize("path", WHOLE)
+def test_whatever_a_small_file_holds_it_is_a_users_mistake(sd1, copy_of, path):
+    folder = copy_of(sd1)
+    for content in WHOLE[path]:
+        (folder / path).write_bytes(content if isinstance(content, bytes) else content.encode())
+        assert str(folder / path.partition("/")[0]) in refusal(folder), content
+
+
+@pytest.mark.parametrize("level", [None, "x", [1], -1, 1000, 1.5])
+def test_a_noise_level_that_the_unet_does_not_know_is_refused(x4, copy_of, level):
+    folder = copy_of(x4)
+    edit(folder / "model_index.json", max_noise_level=level)
+    assert "max_noise_level" in refusal(folder)
+    edit(folder / "model_index.json", max_noise_level=350)
+    edit(folder / "low_res_scheduler" / "scheduler_config.json", beta_end="x")
+    assert "low_res_scheduler/scheduler_config.json" in refusal(folder)
+
+
+def test_null_says_what_leaving_out_a_setting_says_where_that_is_nothing(sd1, copy_of):
+    folder = copy_of(sd1)
+    silent = ("upcast_attention", "addition_time_embed_dim", "projection_class_embeddings_input_dim", "num_class_embeds")
+    edit(folder / "unet" / "config.json", **dict.fromkeys(silent))  # as today's diffusers writes them
+    assert minibooth.load(folder).unet.config == minibooth.load(sd1).unet.config
+
+
+def test_a_vocabulary_of_another_model_is_refused(sd1, copy_of):
+    folder = copy_of(sd1)
+    tokens = json.loads((folder / "tokenizer" / "vocab.json").read_text())
+    write_json(folder / "tokenizer" / "vocab.json", tokens | {"more": len(tokens)})
+    assert re.search("copy/tokenizer: .*text encoder's; .*--tokenizer", refusal(folder))
+    minibooth.load(folder, tokenizer=sd1)
 
 
 def test_what_is_no_checkpoint_is_refused_by_name(sd1, tmp_path):

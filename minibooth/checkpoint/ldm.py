@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from minibooth.checkpoint import files
-from minibooth.errors import UserError
+from minibooth.errors import UserError, blaming
 from minibooth.models.config import ATTENDS, CLIPTextConfig, UNetConfig, VAEConfig
 
 UNET = "model.diffusion_model."
@@ -277,19 +277,17 @@ def count(names: Iterable[str], head: str) -> int:
 
 def describe(path: Path, file: Mapping[str, Tensor], prediction_type: str) -> dict[str, bytes]:
     """The small files of the folder layout, all but the vocabulary. Raises UserError where what they follow from is missing."""
-    pipeline = recognise(path, file)
-    family = FAMILIES[pipeline]
+    with blaming(path):
+        pipeline = recognise(path, file)
+        family = FAMILIES[pipeline]
 
-    def shapes(component: str) -> Shapes:
-        start = family.prefixes[component]
-        return {name[len(start) :]: tuple(x.shape) for name, x in file.items() if name.startswith(start)}
+        def shapes(component: str) -> Shapes:
+            start = family.prefixes[component]
+            return {name[len(start) :]: tuple(x.shape) for name, x in file.items() if name.startswith(start)}
 
-    texts = [name for name in family.prefixes if name.startswith("text")]
-    try:
+        texts = [name for name in family.prefixes if name.startswith("text")]
         configs = {name: text_config(shapes(name), pipeline) for name in texts}
         unet, vae = unet_config(shapes("unet")), vae_config(shapes("vae"))
-    except KeyError as error:
-        raise UserError(f"{path} lacks {error.args[0]}, or is of another kind than {SUPPORTED}") from None
     if "addition_embed_type" in unet:
         pooled = configs["text_encoder_2"]["projection_dim"]
         unet["addition_time_embed_dim"] = (unet["projection_class_embeddings_input_dim"] - pooled) // 6
@@ -364,7 +362,7 @@ def text_config(shapes: Shapes, pipeline: str) -> dict[str, Any]:
     layers = openai or count(shapes, "model.transformer.resblocks.")
     kept = layers if openai or "XL" in pipeline else min(layers, SD2_LAYERS)
     act, projects = ("quick_gelu" if openai else "gelu"), not openai and "XL" in pipeline
-    rows = dict(text_rows(CLIPTextConfig(hidden_act=act, num_hidden_layers=layers)))
+    rows = dict(text_rows(CLIPTextConfig.from_dict(dict(hidden_act=act, num_hidden_layers=layers))))
 
     def shape(module: str) -> tuple[int, ...]:
         return shapes[place(rows, f"text_model.{module}.weight").name]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minibooth.checkpoint import files, ldm
-from minibooth.errors import UserError
+from minibooth.errors import UserError, blaming
 from minibooth.models.clip import CLIPText
 from minibooth.models.config import CLIPTextConfig, Config, UNetConfig, VAEConfig
 from minibooth.models.tokenizer import Tokenizer
@@ -111,7 +111,7 @@ class Source:
         files.Tensors. Raises UserError where something is missing, damaged or of another kind, or cannot be had from the hub.
         """
         path = Path(source)
-        if path.suffix == ".safetensors" and path.is_file():
+        if path.suffix in (".safetensors", *files.PICKLES) and path.is_file():
             return cls._of_file(path, tokenizer, ema, prediction_type, mapped)
         if ema:
             raise UserError(f"{source} is no single file: --ema means nothing there")
@@ -179,7 +179,7 @@ class Source:
     @property
     def kind(self) -> str:
         """The pipeline's class, as diffusers calls it."""
-        return self.json("model_index.json").get("_class_name") or "checkpoint of unknown kind"
+        return str(self.json("model_index.json").get("_class_name") or "checkpoint of unknown kind")
 
     def json(self, path: str) -> dict:
         """One of the small files, parsed. Raises UserError where it is missing or damaged."""
@@ -188,20 +188,26 @@ class Source:
         return files.parse_json(self.files[path], f"{self.name}/{path}")
 
     def tokenizer(self, folder: str = "tokenizer") -> Tokenizer:
-        """The tokenizer of a folder. Raises UserError where its vocabulary is missing."""
+        """The tokenizer of a folder. Raises UserError where its vocabulary is missing, damaged or not its text encoder's."""
         paths = {path: path.removeprefix(f"{folder}/") for path in self.files if path.startswith(f"{folder}/")}
-        return Tokenizer.from_files({name: self.files[path] for path, name in paths.items()})
+        text = self.config(folder.replace("tokenizer", "text_encoder"))
+        with blaming(f"{self.name}/{folder}"):
+            made = Tokenizer.from_files({name: self.files[path] for path, name in paths.items()})
+            last = max(made.backend.get_vocab().values())
+            if last >= text.vocab_size or not 1 < made.max_length <= text.max_position_embeddings:
+                raise UserError("tokens or model_max_length exceed the text encoder's; name the model's own with --tokenizer")
+            return made
+
+    def config(self, name: str) -> Any:
+        """A component's configuration. Raises UserError for one that is not supported."""
+        usual = {"scaling_factor": ldm.FAMILIES[self.kind].scaling_factor} if name == "vae" else {}  # files of 2022 lack it
+        with blaming(f"{self.name}/{name}/config.json"):
+            return COMPONENTS[name].config.from_dict(usual | self.json(f"{name}/config.json"))
 
     def skeleton(self, name: str) -> Any:
         """The component's network on meta. Raises UserError for a configuration that is not supported."""
-        component, config = COMPONENTS[name], self.json(f"{name}/config.json")
-        if name == "vae":  # files of the first months leave it out
-            config = {"scaling_factor": ldm.FAMILIES[self.kind].scaling_factor, **config}
-        try:
-            with torch.device("meta"), Uninitialised():
-                return component.network(component.config.from_dict(config))
-        except (TypeError, ValueError, LookupError) as error:
-            raise UserError(f"{self.name}/{name}/config.json describes no network that is known here: {error}") from error
+        with blaming(f"{self.name}/{name}/config.json"), torch.device("meta"), Uninitialised():
+            return COMPONENTS[name].network(self.config(name))
 
     def places(self, name: str) -> dict[str, ldm.Place]:
         """Where the component's tensors stand in a single file."""
@@ -254,7 +260,8 @@ class Source:
         def whole(parts: Mapping[str, Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
             return ChainMap(*(ldm.write(places[name], part) for name, part in parts.items()), *rest)  # type: ignore[arg-type]
 
-        says = {"modelspec.prediction_type": schedule.get("prediction_type", "epsilon").removesuffix("_prediction")}
+        predicts = str(schedule.get("prediction_type") or "epsilon")
+        says = {"modelspec.prediction_type": predicts.removesuffix("_prediction")}
         files.write_weights(path, whole(states), whole(self.weights), dtype, {**self.metadata, **says})
 
 
@@ -271,10 +278,11 @@ def check(network: nn.Module, weights: Mapping[str, Tensor], name: str) -> None:
     for kind, keys in (("lacks", wanted.keys() - tensors.keys()), ("has unexpected", tensors.keys() - wanted.keys())):
         if keys:
             raise UserError(f"{name} {kind} {min(keys)} and {len(keys) - 1} more; is it of another kind?")
-    for key, tensor in tensors.items():
-        if tensor.shape != wanted[key].shape:
-            shapes = f"{[*tensor.shape]}, where its config.json means {[*wanted[key].shape]}"
-            raise UserError(f"{name}'s {key} is {shapes}")
+    with blaming(name):
+        for key, tensor in tensors.items():
+            if tensor.shape != wanted[key].shape:
+                shapes = f"{[*tensor.shape]}, where its config.json means {[*wanted[key].shape]}"
+                raise UserError(f"{name}'s {key} is {shapes}")
 
 
 def find(source: str | Path, variant: str | None = None, revision: str | None = None) -> Path:
@@ -282,8 +290,6 @@ def find(source: str | Path, variant: str | None = None, revision: str | None = 
     path = Path(source)
     if (path / "model_index.json").is_file():
         return path
-    if path.suffix in files.PICKLES:
-        raise UserError(f"{path} is a pickle, which is never opened here; convert it to safetensors")
     if path.is_file():
         raise UserError(f"{path} is a file of unknown kind; a .safetensors file or a folder in the diffusers layout is needed")
     if path.is_dir():
@@ -334,8 +340,6 @@ def vocabulary(path: Path, tokenizer: str | Path | None = None) -> dict[str, byt
         found = {name: (folder / name).read_bytes() for name in VOCABULARY if (folder / name).is_file()}
         if "tokenizer.json" in found or len(found) == 2:
             return found
-    missing = "vocab.json and merges.txt, or tokenizer.json,"
-    if tokenizer:
-        raise UserError(f"{tokenizer} holds no vocabulary: {missing} are missing, there and in its folder tokenizer")
-    places = f"{path.parent / 'tokenizer'} and the hub's {CLIP}"
-    raise UserError(f"{path} needs CLIP's vocabulary: {missing} are missing in {places}; name their folder with --tokenizer")
+    places = f"{tokenizer} and its folder tokenizer" if tokenizer else f"{path.parent / 'tokenizer'} and the hub's {CLIP}"
+    missing = f"vocab.json and merges.txt, or tokenizer.json, are missing in {places}"
+    raise UserError(f"{path} needs its vocabulary, but {missing}; name their folder with --tokenizer")
