@@ -161,6 +161,8 @@ def test_a_file_may_leave_everything_out():
     ({"beta_end": 1.1}, "between 0 and 1"),
     ({"beta_end": 1.1, "rescale_betas_zero_snr": True}, "between 0 and 1"),
     ({"beta_end": float("nan")}, "between 0 and 1"),
+    ({"beta_start": 1}, "leave something of a picture"),
+    ({"beta_start": 0.5, "beta_end": 0.6}, "leave something of a picture"),  # less than a float can say
 ])  # fmt: skip
 def test_what_would_change_results_is_refused_by_name(settings, message):
     with pytest.raises(ValueError, match=message):

@@ -127,9 +127,10 @@ class DDPMScheduler:
             betas = schedule(values["beta_start"], values["beta_end"], self.num_train_timesteps)
         if values["rescale_betas_zero_snr"]:
             betas = _zero_terminal_snr(betas)
-        if betas.shape != (max(self.num_train_timesteps, 1),) or not ((betas > 0) & (betas <= 1)).all():
-            raise UserError("beta_start to beta_end, or trained_betas, are not num_train_timesteps numbers between 0 and 1")
-        self.alphas_cumprod = torch.cumprod(1 - betas, 0)
+        self.alphas_cumprod = a = torch.cumprod(1 - betas, 0)
+        if betas.shape != (max(self.num_train_timesteps, 1),) or not (a.diff(prepend=torch.ones(1)) < 0).all() or a[-1] < 0:
+            numbers = "num_train_timesteps numbers between 0 and 1 that leave something of a picture at all but the last"
+            raise UserError(f"beta_start to beta_end, or trained_betas, are not {numbers}")
         self.final_alpha_cumprod: float = 1.0 if values["set_alpha_to_one"] else self.alphas_cumprod[0].item()
 
     @classmethod
