@@ -66,6 +66,7 @@ ROWS = {  # what a step is, in flags
 }
 TITLES = ["row", "precision", "side", "seconds", "/ reference", "pictures/s", "GiB", "/ reference", "floor / seconds", "first"]
 PROMPTS = {"instance_prompt": "a photo of sks dog", "class_prompt": "a photo of dog"}
+FOLDERS = "instance_data_dir", "class_data_dir"  # of the same pictures
 READY = "ready to be measured"
 Step = Callable[[int], None]
 
@@ -73,7 +74,7 @@ Step = Callable[[int], None]
 def settings(job: dict[str, Any]) -> Settings:
     """The run that a job describes."""
     folder, (row, *flags) = Path(job["folder"]), shlex.split(job["row"])
-    named = PROMPTS | {name: str(folder / "pictures") for name in ("instance_data_dir", "class_data_dir")}
+    named = PROMPTS | {name: str(folder / name) for name in FOLDERS}
     named |= {"pretrained_model_name_or_path": job["model"], "output_dir": str(folder / "run"), "num_class_images": 1}
     named |= {"resolution": job["resolution"], "train_batch_size": job["batch"], "max_train_steps": job["steps"] + 1}
     named |= {"mixed_precision": job["precision"].replace("fp32", "no"), "device": job["device"], "seed": 0}
@@ -300,10 +301,10 @@ def main() -> None:
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{os.cpu_count()} cores"
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        (folder / "pictures").mkdir()
-        for n in range(args.pictures):
+        for name, n in itertools.product(FOLDERS, range(args.pictures)):
             noise = np.random.default_rng(n).integers(0, 256, (args.resolution, args.resolution, 3), np.uint8)
-            Image.fromarray(noise).save(folder / "pictures" / f"{n}.png")
+            (folder / name).mkdir(exist_ok=True)
+            Image.fromarray(noise).save(folder / name / f"{n}.png")
         same = {name: getattr(args, name) for name in ("resolution", "batch", "steps", "draw_steps", "device")}
         same |= {"model": str(counting.filled(args.model, folder)), "folder": temporary}
         jobs = [
