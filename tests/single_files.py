@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import minibooth
+from minibooth.checkpoint import ldm
 
 TINY = {  # SD 1: 8 heads; SD 2 and XL, and every text encoder: a head for each 64 channels
     "sd1": {
@@ -61,10 +62,11 @@ def folder(kind: str, **changes) -> Path:
 
 @functools.cache
 def file(kind: str) -> Path:
-    """The same as a single file, with the vocabulary beside it; made once, read only."""
-    path = Path(KEPT.name) / "files" / f"{kind}.safetensors"
+    """The same as a single file as others write it, with the vocabulary beside it; made once, read only."""
+    said, path = (Path(KEPT.name) / name / f"{kind}.safetensors" for name in ("said", "files"))
     pipe = minibooth.load(folder(kind))
-    pipe.save(path)
+    pipe.save(said)
+    change(said, path, lambda tensors: None, {key: x for key, x in metadata(said).items() if not key.startswith(ldm.OURS)})
     pipe.source.save_vocabulary(path.parent)
     return path
 

@@ -1,7 +1,9 @@
 """A single file is read as the folder of the same model is, and comes back with every bit that was not trained."""
 
+import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from single_files import assert_same_bits, change, file, folder, metadata, states
 
 import minibooth
-from minibooth.checkpoint.load import Source
+from minibooth.checkpoint.load import SCHEDULE, Source
 from minibooth.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
@@ -112,6 +114,135 @@ def test_a_velocity_xl_carries_comfyuis_mark(tmp_path):
     assert minibooth.load(tmp_path / "v.safetensors").scheduler.prediction_type == "v_prediction"
     minibooth.load(tmp_path / "v.safetensors", prediction_type="epsilon").save(tmp_path / "e.safetensors")
     assert "v_pred" not in load_file(tmp_path / "e.safetensors")
+
+
+EMBEDDED = [Path(__file__).resolve().parents[1] / "weights" / name for name in ("tiny", "tiny-x4")]
+
+
+@pytest.mark.parametrize("source", EMBEDDED, ids=["tiny", "tiny-x4"])
+def test_what_no_shape_tells_comes_back_from_a_file(source, tmp_path):
+    """Heads, groups, sizes, factors and betas of our own models are unlike any published."""
+    pipe = minibooth.load(source)
+    pipe.save(tmp_path / "x.safetensors")
+    opened = minibooth.load(tmp_path / "x.safetensors", tokenizer=source)
+    opened.save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "x.safetensors").read_bytes()
+    opened.save(tmp_path / "folder")
+    expected = pictures(pipe)
+    for other in (opened, minibooth.load(tmp_path / "folder")):
+        assert {name: x.config for name, x in other.networks.items()} == {name: x.config for name, x in pipe.networks.items()}
+        assert torch.equal(other.scheduler.alphas_cumprod, pipe.scheduler.alphas_cumprod)
+        assert np.array_equal(pictures(other), expected)
+    overruled = minibooth.load(tmp_path / "x.safetensors", tokenizer=source, prediction_type="epsilon")
+    assert overruled.scheduler.prediction_type == "epsilon"
+    assert torch.equal(overruled.scheduler.alphas_cumprod, pipe.scheduler.alphas_cumprod)
+
+
+def pictures(pipe):
+    what = dict(images=PICTURE) if "low_res_scheduler" in vars(pipe) else {}
+    return np.asarray(pipe.generate("a red cat", steps=2, seed=1, **what)[0])
+
+
+def test_a_schedule_may_leave_open_what_is_predicted(tmp_path):
+    copy = Path(shutil.copytree(folder("sd1"), tmp_path / "copy"))
+    (copy / SCHEDULE).write_text(json.dumps(json.loads((copy / SCHEDULE).read_text()) | {"prediction_type": None}))
+    minibooth.load(copy).save(tmp_path / "x.safetensors")
+    assert minibooth.load(tmp_path / "x.safetensors", tokenizer=copy).scheduler.prediction_type == "epsilon"
+
+
+def test_a_zero_terminal_snr_comes_back_from_a_file(tmp_path):
+    copy = Path(shutil.copytree(folder("sd2"), tmp_path / "copy"))
+    schedule = json.loads((copy / SCHEDULE).read_text()) | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    (copy / SCHEDULE).write_text(json.dumps(schedule))
+    minibooth.load(copy).save(tmp_path / "x.safetensors")
+    assert minibooth.load(tmp_path / "x.safetensors", tokenizer=copy).scheduler.config == schedule
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"norm_num_groups": 7}', '{"down_block_types": []}', '{"act_fn": "gelu"}'])
+def test_a_wrong_word_of_the_metadata_is_refused_by_name(text, tmp_path):
+    told = {"minibooth.unet/config.json": text, "minibooth.../../x/config.json": "{", "minibooth.author": "me"}
+    path = change(file("sd1"), tmp_path / "x.safetensors", lambda tensors: None, told)
+    assert f"{path}/unet/config.json" in refusal(path, tokenizer=folder("sd1"))
+
+
+def test_nothing_is_said_of_published_models(monkeypatch, tmp_path):
+    """Of the folders that CompVis and Stability AI published, with the settings of then, and as diffusers writes them now."""
+    written = {}
+    monkeypatch.setattr("minibooth.checkpoint.files.write_weights", lambda path, *given: written.update({path.stem: given[-1]}))
+    for kind, configs in published_configs().items():
+        pipeline = PIPELINES.get(kind, "StableDiffusionPipeline")
+        small = {f"{part}/config.json": config for part, config in configs.items() if "scheduler" not in part}
+        small |= {f"{part}/scheduler_config.json": config for part, config in configs.items() if "scheduler" in part}
+        small["model_index.json"] = {"_class_name": pipeline}
+        source = Source(kind, {name: json.dumps(config).encode() for name, config in small.items()})
+        source.weights = {part: source.skeleton(part).state_dict() for part in configs if "scheduler" not in part}
+        source.save(tmp_path / f"{kind}.safetensors", {})
+    assert {name: [*said] for name, said in written.items()} == dict.fromkeys(
+        published_configs(), ["modelspec.prediction_type"]
+    )
+
+
+def published_configs():
+    down, up = ["CrossAttnDownBlock2D"], ["CrossAttnUpBlock2D"]
+    unet = dict(
+        _class_name="UNet2DConditionModel", act_fn="silu", attention_head_dim=8, block_out_channels=[320, 640, 1280, 1280],
+        center_input_sample=False, cross_attention_dim=768, down_block_types=[*down * 3, "DownBlock2D"], downsample_padding=1,
+        flip_sin_to_cos=True, freq_shift=0, in_channels=4, layers_per_block=2, mid_block_scale_factor=1, norm_eps=1e-05,
+        norm_num_groups=32, out_channels=4, sample_size=64, up_block_types=["UpBlock2D", *up * 3],
+    )  # fmt: skip
+    today = dict.fromkeys(("addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim"))
+    today |= dict(transformer_layers_per_block=1, num_class_embeds=None, time_embedding_type="positional")
+    vae = dict(
+        _class_name="AutoencoderKL", act_fn="silu", block_out_channels=[128, 256, 512, 512], latent_channels=4,
+        down_block_types=["DownEncoderBlock2D"] * 4, in_channels=3, layers_per_block=2, norm_num_groups=32, out_channels=3,
+        sample_size=512, up_block_types=["UpDecoderBlock2D"] * 4,
+    )  # fmt: skip
+    text = dict(
+        architectures=["CLIPTextModel"], hidden_act="quick_gelu", hidden_size=768, intermediate_size=3072, layer_norm_eps=1e-05,
+        max_position_embeddings=77, num_attention_heads=12, num_hidden_layers=12, projection_dim=768, vocab_size=49408,
+    )  # fmt: skip
+    large = dict(hidden_act="gelu", hidden_size=1024, intermediate_size=4096, num_attention_heads=16, projection_dim=512)
+    sd2, x4 = dict(cross_attention_dim=1024, use_linear_projection=True), dict(cross_attention_dim=1024, sample_size=128)
+    sigmas = dict(
+        num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, trained_betas=None
+    )
+    betas = sigmas | dict(beta_start=0.0001, beta_end=0.02)
+    return {
+        "sd1": {"unet": unet, "vae": vae, "text_encoder": text, "scheduler": sigmas},
+        "sd1-today": {"unet": unet | today, "vae": vae | {"force_upcast": True}, "text_encoder": text, "scheduler": sigmas},
+        "sd2": {
+            "unet": unet | sd2 | dict(attention_head_dim=[5, 10, 20, 20], upcast_attention=True, sample_size=96),
+            "vae": vae | {"sample_size": 768}, "text_encoder": text | large | {"num_hidden_layers": 23},
+            "scheduler": sigmas | {"prediction_type": "v_prediction"},
+        },
+        "x4": {
+            "unet": unet | x4 | dict(
+                block_out_channels=[256, 512, 512, 1024], down_block_types=["DownBlock2D", *down * 3], in_channels=7,
+                num_class_embeds=1000, only_cross_attention=[True, True, True, False], up_block_types=[*up * 3, "UpBlock2D"],
+                use_linear_projection=True,
+            ),
+            "vae": vae | dict(
+                block_out_channels=[128, 256, 512], down_block_types=["DownEncoderBlock2D"] * 3, scaling_factor=0.08333,
+                up_block_types=["UpDecoderBlock2D"] * 3, sample_size=256,
+            ),
+            "text_encoder": text | large | {"num_hidden_layers": 23},
+            "scheduler": betas | {"prediction_type": "v_prediction"}, "low_res_scheduler": betas,
+        },
+        "sdxl": {
+            "unet": unet | dict(
+                addition_embed_type="text_time", addition_time_embed_dim=256, attention_head_dim=[5, 10, 20],
+                block_out_channels=[320, 640, 1280], cross_attention_dim=2048, down_block_types=["DownBlock2D", *down * 2],
+                projection_class_embeddings_input_dim=2816, sample_size=128, transformer_layers_per_block=[1, 2, 10],
+                up_block_types=[*up * 2, "UpBlock2D"], upcast_attention=None, use_linear_projection=True,
+            ),
+            "vae": vae | dict(force_upcast=True, sample_size=1024, scaling_factor=0.13025), "text_encoder": text,
+            "text_encoder_2": text | dict(
+                architectures=["CLIPTextModelWithProjection"], hidden_act="gelu", hidden_size=1280, intermediate_size=5120,
+                num_attention_heads=20, num_hidden_layers=32, projection_dim=1280,
+            ),
+            "scheduler": sigmas | {"rescale_betas_zero_snr": False},
+        },
+    }  # fmt: skip
 
 
 # ---- in: the networks, and what is inferred

@@ -1,7 +1,8 @@
 """LDM single files, as CompVis and Stability AI published them and A1111 and ComfyUI read them: one table, both directions.
 
 `places` says where each tensor of a network of ours stands in such a file; reading and writing both follow from it. The
-file has no configuration: `recognise` and `describe` infer from names and shapes what the folder layout would say.
+file has no configuration: `recognise` and `describe` infer from names and shapes what the folder layout would say. Where that
+is not what a model means, a file of ours holds the folder's own words in its metadata, under `OURS` and their file's name.
 """
 
 import functools
@@ -20,6 +21,7 @@ from minibooth.checkpoint import files
 from minibooth.errors import UserError, blaming
 from minibooth.models.config import ATTENDS, CLIPTextConfig, UNetConfig, VAEConfig
 
+SCHEDULE = "scheduler/scheduler_config.json"
 UNET = "model.diffusion_model."
 
 
@@ -63,6 +65,7 @@ TOKENIZER = dict(
 )  # fmt: skip
 PADDING = {"quick_gelu": "<|endoftext|>", "gelu": "!"}  # by the text encoder's activation
 Shapes = Mapping[str, tuple[int, ...]]
+OURS = "minibooth."
 MARKS = {"v_pred": ("prediction_type", "v_prediction"), "ztsnr": ("rescale_betas_zero_snr", True)}  # empty tensors
 SUPPORTED = "single files of Stable Diffusion 1, 2, XL (base) and x4"
 OTHERS = {9: "an inpainting model", 8: "an InstructPix2Pix model"}  # by the UNet's input channels
@@ -275,8 +278,11 @@ def count(names: Iterable[str], head: str) -> int:
     return len({name[len(head) :].split(".")[0] for name in names if name.startswith(head)})
 
 
-def describe(path: Path, file: Mapping[str, Tensor], prediction_type: str) -> dict[str, bytes]:
-    """The small files of the folder layout, all but the vocabulary. Raises UserError where what they follow from is missing."""
+def describe(path: Path, file: Mapping[str, Tensor], prediction_type: str, own: Mapping[str, str] = {}) -> dict[str, bytes]:
+    """The small files of the folder layout, all but the vocabulary; where `own` has one's text, that.
+
+    Raises UserError where what they follow from is missing or is of another kind.
+    """
     with blaming(path):
         pipeline = recognise(path, file)
         family = FAMILIES[pipeline]
@@ -299,7 +305,7 @@ def describe(path: Path, file: Mapping[str, Tensor], prediction_type: str) -> di
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     vae |= dict(scaling_factor=family.scaling_factor, sample_size=factor * unet["sample_size"])
 
-    schedulers = {"scheduler": family.scheduler | {"prediction_type": prediction_type}}
+    schedulers = {"scheduler": dict(family.scheduler)}
     if "ztsnr" in file:
         schedulers["scheduler"] |= dict(rescale_betas_zero_snr=True, timestep_spacing="trailing")
     if family.low_res_scheduler:
@@ -316,6 +322,8 @@ def describe(path: Path, file: Mapping[str, Tensor], prediction_type: str) -> di
         tokenizer = name.replace("text_encoder", "tokenizer")
         written[f"{tokenizer}/tokenizer_config.json"] = TOKENIZER | {"pad_token": PADDING[configs[name]["hidden_act"]]}
         index[tokenizer] = ["transformers", "CLIPTokenizer"]
+    written |= {name: files.parse_json(text.encode(), f"{path}/{name}") for name, text in own.items() if name in written}
+    written[SCHEDULE] = {**written[SCHEDULE], "prediction_type": prediction_type}
     return {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in written.items()}
 
 
@@ -327,6 +335,7 @@ def unet_config(shapes: Shapes) -> dict[str, Any]:
     widths = [shapes[f"{block}.0.out_layers.3.weight"][0] for block in first]
     depths = [count(shapes, f"{block}.1.transformer_blocks.") for block in first]
     attends = ["CrossAttn" if n else "" for n in depths]
+    layers = [max(n, 1) for n in depths[:-1]] + [count(shapes, "middle_block.1.transformer_blocks.")]
     linear = len(shapes["middle_block.1.proj_in.weight"]) == 2
     config = dict(
         _class_name="UNet2DConditionModel", in_channels=shapes["input_blocks.0.0.weight"][1], layers_per_block=depth,
@@ -334,7 +343,7 @@ def unet_config(shapes: Shapes) -> dict[str, Any]:
         down_block_types=[f"{attn}DownBlock2D" for attn in attends], use_linear_projection=linear,
         up_block_types=[f"{attn}UpBlock2D" for attn in attends[::-1]],
         attention_head_dim=[max(width // HEAD, 1) for width in widths] if linear else 8,
-        transformer_layers_per_block=[max(n, 1) for n in depths[:-1]] + [count(shapes, "middle_block.1.transformer_blocks.")],
+        transformer_layers_per_block=layers if len({*layers}) > 1 else layers[0],
         cross_attention_dim=shapes["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1],
     )  # fmt: skip
     if levels := shapes.get("label_emb.weight"):

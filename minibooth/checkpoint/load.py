@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minibooth.checkpoint import files, ldm
+from minibooth.checkpoint.ldm import SCHEDULE
 from minibooth.errors import UserError, blaming
 from minibooth.models.clip import CLIPText
 from minibooth.models.config import CLIPTextConfig, Config, UNetConfig, VAEConfig
@@ -51,7 +52,7 @@ KINDS = {kind: sorted(family.prefixes) for kind, family in ldm.FAMILIES.items()}
 SMALL_FILES = ("model_index.json", "*/*.json", "tokenizer*/*.txt")  # read into memory, written back as they were
 VOCABULARY = ("vocab.json", "merges.txt", "tokenizer.json")
 CLIP = "openai/clip-vit-large-patch14"  # has the vocabulary of all these models
-SCHEDULE = "scheduler/scheduler_config.json"
+BETAS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
 
 # Names as files have them -> names as published today: a missing prefix, a buffer that became a constant, old attention.
 RENAMES = (
@@ -139,7 +140,8 @@ class Source:
         tensors, metadata = ldm.open_file(path, ema, mapped)
         known = prediction_type or ldm.predicts(tensors, metadata)
         shapes = files.meta(tensors)
-        self = cls(str(path), ldm.describe(path, shapes, known or "epsilon"), metadata=metadata)
+        own = {key.removeprefix(ldm.OURS): metadata.pop(key) for key in [*metadata] if key.startswith(ldm.OURS)}
+        self = cls(str(path), ldm.describe(path, shapes, known or "epsilon", own), metadata=metadata)
         self._take(vocabulary(path, tokenizer))
         places = {name: self.places(name) for name in KINDS[self.kind]}
         self.weights = {name: ldm.read(where, tensors) for name, where in places.items()}
@@ -149,7 +151,7 @@ class Source:
             raise UserError(f"{path} has unexpected {unknown[0]} and {len(unknown) - 1} more; supported: {ldm.SUPPORTED}")
         self.rest = files.renamed(tensors, {name: name for name in rest})
         if not known:
-            self.files |= ldm.describe(path, shapes, self.measure())
+            self.files |= ldm.describe(path, shapes, self.measure(), own)
         return self
 
     def _take(self, vocabulary: Mapping[str, bytes]) -> None:
@@ -209,6 +211,12 @@ class Source:
         with blaming(f"{self.name}/{name}/config.json"), torch.device("meta"), Uninitialised():
             return COMPONENTS[name].network(self.config(name))
 
+    def meaning(self, path: str) -> Any:
+        """What one of the small files says of a network or of the noise, for comparison."""
+        folder = path.split("/")[0]
+        betas = [self.json(path).get(key) or None for key in BETAS] if folder.endswith("scheduler") else None
+        return self.config(folder) if folder in COMPONENTS else betas
+
     def places(self, name: str) -> dict[str, ldm.Place]:
         """Where the component's tensors stand in a single file."""
         return ldm.places(self.kind, name, self.skeleton(name))
@@ -261,8 +269,10 @@ class Source:
             return ChainMap(*(ldm.write(places[name], part) for name, part in parts.items()), *rest)  # type: ignore[arg-type]
 
         predicts = str(schedule.get("prediction_type") or "epsilon")
+        told = Source(str(path), ldm.describe(path, files.meta(whole(self.weights)), predicts))
+        odd = {ldm.OURS + name: json.dumps(self.json(name)) for name in told.files if told.meaning(name) != self.meaning(name)}
         says = {"modelspec.prediction_type": predicts.removesuffix("_prediction")}
-        files.write_weights(path, whole(states), whole(self.weights), dtype, {**self.metadata, **says})
+        files.write_weights(path, whole(states), whole(self.weights), dtype, {**self.metadata, **says, **odd})
 
 
 def fill(network: nn.Module, weights: Mapping[str, Tensor], name: str, dtype: torch.dtype, device: torch.device | str) -> Any:
