@@ -85,6 +85,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(Image.Image, "save", disk_full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(OSError, match="no space") as error:
         images.save_png(noise(8, 8), path, {})
+    assert error.value.filename == str(path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
