@@ -1,5 +1,6 @@
 """Weights come from whole safetensors files inside their folder alone, and are written whole or not at all."""
 
+import errno
 import json
 import os
 import pickle
@@ -223,7 +224,7 @@ def test_a_failure_while_moving_leaves_the_old_as_it_was(tmp_path, monkeypatch, 
     def fail(*arguments):
         calls.append(arguments)
         if len(calls) == 1 + (failing if merge else 0):
-            raise OSError("no space left on device")
+            raise OSError(errno.ENOSPC, "no space left on device")
         replace(*arguments)
 
     monkeypatch.setattr(os, "replace", fail)

@@ -1,5 +1,7 @@
 """Tensors and pictures are each other's inverse; a sheet shows every picture; a PNG is whole or not there."""
 
+import errno
+
 import pytest
 import torch
 from PIL import Image
@@ -82,7 +84,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
 
     def disk_full(self, file, **options):
         file.write_bytes(b"half")
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, "no space left on device")
 
     monkeypatch.setattr(Image.Image, "save", disk_full)
     with pytest.raises(OSError, match="no space") as error:
