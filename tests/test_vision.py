@@ -211,6 +211,14 @@ def test_a_missing_file_is_named(clip, copy_of, name):
         Eyes(folder)
 
 
+def test_a_damaged_vocabulary_is_refused(clip, copy_of):
+    folder = copy_of(clip[0])
+    for path in [*folder.glob("vocab.json"), *folder.glob("tokenizer.json")]:
+        path.write_text("{")
+    with pytest.raises(UserError, match=f"{folder}: vocab.json holds something unexpected"):
+        Eyes(folder)
+
+
 @pytest.mark.parametrize("change, named", [({"do_resize": False}, "do_resize"), ({"size": {"longest_edge": 9}}, "width")])
 def test_another_preprocessing_is_refused(dino, copy_of, change, named):
     folder = copy_of(dino[0])

@@ -23,7 +23,7 @@ from torch import Tensor
 from minibooth.checkpoint import files
 from minibooth.checkpoint.load import Component, Uninitialised, fill, snapshot
 from minibooth.dreambooth.data import open_picture
-from minibooth.errors import UserError
+from minibooth.errors import UserError, blaming
 from minibooth.models.config import CLIPConfig, ViTConfig
 from minibooth.models.tokenizer import Tokenizer
 from minibooth.models.vision import CLIP, LPIPS, VisionModel, from_vit, preprocessor
@@ -90,15 +90,13 @@ class Eyes:
         network, settings, stem = ENCODERS[kind]
         tensors = files.weights_of(folder, stem)
         weights = {name: tensors[name] for name in tensors if not UNUSED.search(name)}
-        try:
+        with blaming(source):
             self.see = preprocessor(files.read_json(folder / "preprocessor_config.json"))
             weights = from_vit(weights) if kind == "vit" else weights
             self.network = _assemble(lambda: network(settings.from_dict(config)), weights, source, dtype, device)
-        except (TypeError, LookupError) as error:
-            raise UserError(f"{source} describes no encoder that is known here: {error}") from error
-        if kind == "clip":
-            small = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".json", ".txt")}
-            self.tokenizer = Tokenizer.from_files(small)
+            if kind == "clip":
+                small = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".json", ".txt")}
+                self.tokenizer = Tokenizer.from_files(small)
 
     @torch.no_grad()
     def images(self, pictures: Sequence[Image.Image]) -> Tensor:
