@@ -35,11 +35,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False,
     """Multi-head softmax(q k^T / sqrt(D / H)) v over [B, N, D]; `upcast` does it in fp32 (SD 2.1 overflows in fp16)."""
     dtype = v.dtype
     q, k, v = (rearrange(x.float() if upcast else x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:  # PyTorch's own takes 1.5 to 4 times as long
-        mask = torch.full((q.shape[2], k.shape[2]), -torch.inf).triu(1) if causal else 0.0
-        out = torch.softmax((q * q.shape[3] ** -0.5) @ k.mT + mask, dim=-1, dtype=torch.float32).to(dtype) @ v
-    else:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     return rearrange(out, "b h n d -> b n (h d)").to(dtype)
 
 
