@@ -7,7 +7,6 @@ from conftest import SD2, TEXT_ENCODER, UNET, VAE_CONFIG, randomise
 
 import minibooth
 from minibooth.errors import UserError
-from minibooth.models import ops
 from minibooth.models.clip import CLIPText
 from minibooth.models.config import CLIPTextConfig, UNetConfig, VAEConfig
 from minibooth.models.unet import UNet
