@@ -76,8 +76,13 @@ def said(argv: Sequence[str]) -> dict[str, typing.Any]:
 
 
 def parse(argv: Sequence[str]) -> Settings:
-    """Command line -> Settings. EMBEDDED, if it is there, where neither a model nor photographs are named."""
-    given, there = said(argv), Path(EMBEDDED["pretrained_model_name_or_path"]).is_dir()
+    """Command line -> Settings."""
+    return first(said(argv))
+
+
+def first(given: dict[str, typing.Any]) -> Settings:
+    """The run that these flags ask for: EMBEDDED, if it is there, where neither a model nor photographs are named."""
+    there = Path(EMBEDDED["pretrained_model_name_or_path"]).is_dir()
     named = given.get("pretrained_model_name_or_path") or given.get("instance_data_dir")
     return Settings(**({} if named or not there else EMBEDDED) | given)
 
@@ -129,9 +134,10 @@ def train(settings: Settings, ranks: Ranks) -> tuple[str, str]:
 
 def main(argv: Sequence[str]) -> None:
     """Train as the command line says, and leave the result in --output_dir."""
-    settings = parse(argv)
+    given = said(argv)
+    settings = first(given)
     torch.backends.cuda.matmul.allow_tf32 = settings.allow_tf32
-    steps = [settings, second(settings, said(argv))] if settings.upscaler else [settings]
+    steps = [settings, second(settings, given)] if settings.upscaler else [settings]
     with parallel.start(settings, command.device(settings.device)) as ranks:
         for later in steps[1:]:
             trainer(later, ranks)  # what would stop it is to be known now

@@ -52,7 +52,7 @@ KINDS = {kind: sorted(family.prefixes) for kind, family in ldm.FAMILIES.items()}
 SMALL_FILES = ("model_index.json", "*/*.json", "tokenizer*/*.txt")  # read into memory, written back as they were
 VOCABULARY = ("vocab.json", "merges.txt", "tokenizer.json")
 CLIP = "openai/clip-vit-large-patch14"  # has the vocabulary of all these models
-BETAS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
+OF_NOISE = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
 
 # Names as files have them -> names as published today: a missing prefix, a buffer that became a constant, old attention.
 RENAMES = (
@@ -214,7 +214,7 @@ class Source:
     def meaning(self, path: str) -> Any:
         """What one of the small files says of a network or of the noise, for comparison."""
         folder = path.split("/")[0]
-        betas = [self.json(path).get(key) or None for key in BETAS] if folder.endswith("scheduler") else None
+        betas = [self.json(path).get(key) or None for key in OF_NOISE] if folder.endswith("scheduler") else None
         return self.config(folder) if folder in COMPONENTS else betas
 
     def places(self, name: str) -> dict[str, ldm.Place]:
