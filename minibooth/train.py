@@ -119,6 +119,8 @@ def train(settings: Settings, ranks: Ranks) -> tuple[str, str]:
         print(f"{settings.output_dir} holds the result of just this run: nothing is left to do")
     else:
         print("\n".join(f"{name:>10}  {value}" for name, value in run.summary()), flush=True)
+        if ranks.first:
+            command.ready_folder(run.journal.folder)
         with ranks.guard(run.journal), run.journal.claimed() if ranks.first else contextlib.nullcontext():
             try:
                 run.train()
