@@ -57,6 +57,7 @@ SECOND: dict[str, typing.Any] = {  # what is otherwise in its second step, where
     "validation_steps": 160,
     "validation_guidance_scale": 1.0,
 }
+ALIASES = {"tokenizer": ("--tokenizer_name",)}  # as train_dreambooth.py has it
 EPILOGUE = "The flags are those of diffusers' train_dreambooth.py, with its spelling (- and _ are alike) and its defaults."
 
 
@@ -64,13 +65,9 @@ def said(argv: Sequence[str]) -> dict[str, typing.Any]:
     """What a command line says, by flag; each field of Settings is one."""
     parser = command.Parser("python -m minibooth.train", __doc__, EPILOGUE)
     for f in dataclasses.fields(Settings):
-        kind = next((each for each in typing.get_args(f.type) if each is not type(None)), f.type)
-        how: dict[str, typing.Any] = {"action": "store_true"}
-        if kind is not bool:
-            how = {"type": kind, "choices": f.metadata.get("choices")}
-        if isinstance(f.default, tuple):
-            how["nargs"] = len(f.default)
-        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=f.metadata["help"], **how)
+        kind = next(each for each in (*typing.get_args(f.type), f.type) if each is not type(None))
+        how: dict[str, typing.Any] = {"action": "store_true"} if kind is bool else {"type": kind}
+        parser.add_argument(f"--{f.name}", *ALIASES.get(f.name, ()), default=argparse.SUPPRESS, **how, **f.metadata)
     given = vars(parser.parse_args(command.normalise(argv)))
     return {name: tuple(x) if isinstance(x, list) else x for name, x in given.items()}
 

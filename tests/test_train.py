@@ -70,16 +70,24 @@ VALUES = {
     "hub_model_id": (None, "owner/my_model-1", "owner/my_model-1"),
     "hub_token": (None, "hf_x", "hf_x"),
     "image_interpolation_mode": ("lanczos", "bicubic", "bicubic"),
+    "validation_scheduler": ("DPMSolverMultistepScheduler", "DDPMScheduler", "DDPMScheduler"),
+    "tokenizer_max_length": (None, "77", 77),
+    "class_labels_conditioning": (None, "timesteps", "timesteps"),
 }
 SWITCHES = (
     "with_prior_preservation", "center_crop", "random_flip", "train_text_encoder", "gradient_checkpointing", "scale_lr",
     "use_8bit_adam", "allow_tf32", "offset_noise", "push_to_hub", "pre_compute_text_embeddings",
-    "enable_xformers_memory_efficient_attention", "set_grads_to_none",
+    "enable_xformers_memory_efficient_attention", "set_grads_to_none", "skip_save_text_encoder",
+    "text_encoder_use_attention_mask",
 )  # fmt: skip
 SILENT = {
     "validation_epochs": "10", "dataloader_num_workers": "2", "report_to": "wandb", "logging_dir": "elsewhere",
-    "local_rank": "0", "pre_compute_text_embeddings": None, "enable_xformers_memory_efficient_attention": None,
-    "set_grads_to_none": None,
+    "local_rank": "0", "validation_scheduler": "DDPMScheduler", "validation_images": "small.png",
+    "tokenizer_max_length": "77", "class_labels_conditioning": "timesteps",
+    **dict.fromkeys((
+        "pre_compute_text_embeddings", "enable_xformers_memory_efficient_attention", "set_grads_to_none",
+        "skip_save_text_encoder", "text_encoder_use_attention_mask",
+    )),
 }  # fmt: skip
 
 
@@ -107,6 +115,11 @@ def test_a_flag_without_effect_prints_one_note(name, tmp_path, capsys):
     assert run(flags(small(tmp_path, max_train_steps=1)) + [f"--{name}" if word is None else f"--{name}={word}"]) == 0
     notes = [line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["note"]]
     assert len(notes) == 1 and f"--{name}" in notes[0]
+
+
+def test_two_flags_of_another_spelling_or_number_are_read():
+    settings = train.parse(["--tokenizer-name", "clip", "--validation_images", "a.png", "b.png"])
+    assert (settings.tokenizer, settings.validation_images) == ("clip", ("a.png", "b.png"))
 
 
 def test_help_explains_every_flag(capsys):

@@ -18,7 +18,7 @@ MOST = {int: 2.0**53, float: 3e38}  # beyond, numbers run out
 
 
 def flag(default: Any, help: str, **more: Any) -> Any:
-    """A setting: its default, its line of help, and what else argparse should know (choices, for one)."""
+    """A setting: its default, its line of help, and what else argparse should know (choices, nargs)."""
     return field(default=default, metadata={"help": help, **more})
 
 
@@ -47,7 +47,9 @@ class Settings:
     class_guidance_scale: float = flag(7.5, "how strictly drawn class pictures follow their prompt")
     stage: str | None = flag(None, "what is trained; as the model is", choices=("text_to_image", "super_resolution"))
     upscaler: str = flag("", "an x4-upscaler to train afterwards on the same photographs: OUTPUT_DIR/upscaler")
-    noise_levels: tuple[int, int] = flag((0, 0), "noise on the small pictures that an upscaler is shown; the model had 0 349")
+    noise_levels: tuple[int, int] = flag(
+        (0, 0), "noise on the small pictures that an upscaler is shown; the model had 0 349", nargs=2
+    )
     resolution: int = flag(512, "side of the training crops in pixels; an upscaler's are cut at the pictures' full detail")
     center_crop: bool = flag(False, "cut at the centre instead of anywhere")
     random_flip: bool = flag(False, "mirror every other crop")
@@ -124,6 +126,12 @@ class Settings:
     local_rank: int = flag(-1, "without effect")
     report_to: str = flag("none", "without effect: metrics go to OUTPUT_DIR/metrics.jsonl")
     logging_dir: str = flag("logs", "without effect: metrics go to OUTPUT_DIR/metrics.jsonl")
+    skip_save_text_encoder: bool = flag(False, "without effect: the result is a whole pipeline")
+    validation_scheduler: str = flag("DPMSolverMultistepScheduler", "without effect: DPM-Solver++ draws")
+    validation_images: tuple[str, ...] = flag((), "without effect: an upscaler is shown the photographs", nargs="+")
+    tokenizer_max_length: int | None = flag(None, "without effect: a prompt has as many tokens as the model's tokenizer says")
+    text_encoder_use_attention_mask: bool = flag(False, "without effect: DeepFloyd IF's, which is not here")
+    class_labels_conditioning: str | None = flag(None, "without effect: DeepFloyd IF's, which is not here")
 
     def check(self) -> None:
         """Refuse what cannot run. Raises UserError."""

@@ -21,9 +21,7 @@ from torch import Tensor, nn
 from minibooth.dreambooth.parallel import BLOCKS
 from minibooth.dreambooth.settings import Settings
 
-MOST_KINDS = (
-    256  # of blocks, by shapes and settings, at most; SD 1 has 18, as many again to draw with, and for each size of a batch
-)
+MOST_KINDS = 256  # of blocks, by shapes and settings; SD 1 has 18, as many again to draw with, and for each size of a batch
 
 
 def compilable(settings: Settings, device: torch.device, pays: bool = False) -> bool:

@@ -46,14 +46,8 @@ from minibooth.dreambooth.weights import Learnt, Weights
 from minibooth.errors import UserError
 
 OFFSET_NOISE = 0.1
-SAME = (
-    "rank",
-    "lora_alpha",
-    "lora_targets",
-    "train_text_encoder",
-    "use_8bit_adam",
-    "full_bf16",
-)  # what a checkpoint's tensors depend on
+# What a checkpoint's tensors depend on.
+SAME = "rank", "lora_alpha", "lora_targets", "train_text_encoder", "use_8bit_adam", "full_bf16"
 
 
 class Trainer:
