@@ -97,9 +97,10 @@ class AdamW(torch.optim.Optimizer):
             told = self.state[p]["step"], rate, decay, beta1, beta2, epsilon
             parts = p.split(rows), p.grad.split(rows), *(self.slices(p, name, rows * row) for name in SIGNED)
             for number, (part, grad, *both) in enumerate(zip(*parts, strict=True)):
-                flat = part.reshape(-1)  # a copy, where channels come last
+                flat = part.reshape(-1)
                 self.kernel(flat, grad.reshape(-1), *both, *told, key + number * rows * row)
-                part.copy_(flat.view_as(part))
+                if not part.is_contiguous():  # channels come last: `flat` is a copy
+                    part.copy_(flat.view_as(part))
 
     def slices(self, p: Tensor, name: str, size: int) -> Iterator[tuple[Tensor, ...]]:
         """A moment in slices, each as `update` takes it."""
