@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import re
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,19 +60,23 @@ def open_model(flags: argparse.Namespace, wanted: type[Pipeline]) -> Any:
     command.ready_folder(flags.output_dir)
     if Path(flags.model).parent == WEIGHTS and not Path(flags.model).is_dir():
         raise UserError(f"the embedded model is not in {flags.model}; name another with --model")
-    pipe = open_other(flags, flags.model, wanted, prediction_type=flags.prediction_type, revision=flags.revision)
+    how = dict(prediction_type=flags.prediction_type, revision=flags.revision)
+    pipe = open_other(flags, flags.model, wanted, command.loras(flags), **how)
     flags.sampler = flags.sampler or pipe.sampler
     flags.seed = secrets.randbits(32) if flags.seed is None else flags.seed
-    for lora, weight in command.loras(flags):
-        pipe.load_lora(lora, weight)
     return pipe
 
 
-def open_other(flags: argparse.Namespace, model: str, wanted: type[Pipeline], **how: Any) -> Any:
-    """A pipeline where and in what the flags say."""
+def open_other(
+    flags: argparse.Namespace, model: str, wanted: type[Pipeline], loras: Sequence[tuple[str, float]], **how: Any
+) -> Any:
+    """A pipeline where and in what the flags say, with these LoRAs in their strengths."""
     device = command.device(flags.device)
     dtype = command.DTYPES[flags.dtype or ("fp16" if device.type == "cuda" else "fp32")]
-    return load(model, dtype, device, flags.variant, tokenizer=flags.tokenizer, wanted=wanted, **how)
+    pipe = load(model, dtype, device, flags.variant, tokenizer=flags.tokenizer, wanted=wanted, **how)
+    for lora, weight in loras:
+        pipe.load_lora(lora, weight)
+    return pipe
 
 
 def save(picture: Image.Image, folder: Path, prefix: str, metadata: dict[str, str]) -> None:

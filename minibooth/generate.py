@@ -19,7 +19,8 @@ def parser() -> command.Parser:
     add("--height", type=command.within(1), help="in pixels, divisible by 8 [the model's own]")
     add("--width", type=command.within(1), help="in pixels, divisible by 8 [the model's own]")
     add("--batch_size", type=command.within(1), default=4, help="pictures drawn at a time; no picture depends on it [4]")
-    add("--upscaler", metavar="M", help="a super-resolution model that makes each picture four times as large [none]")
+    upscaler = "a super-resolution model that makes each picture four times as large, and LoRAs of it [none]"
+    add("--upscaler", nargs="+", default=[], metavar="M", help=upscaler)
     return parser
 
 
@@ -27,8 +28,11 @@ def main(argv: Sequence[str]) -> None:
     """Draw as the command line says."""
     flags = parser().parse_args(command.normalise(argv))
     pipe = drawing.open_model(flags, StableDiffusion)
-    upscaler = drawing.open_other(flags, flags.upscaler, StableDiffusionUpscale) if flags.upscaler else None
-    more = {"upscaler": flags.upscaler} if upscaler else {}
+    upscaler, more = None, {}
+    if flags.upscaler:
+        model, *loras = flags.upscaler
+        upscaler = drawing.open_other(flags, model, StableDiffusionUpscale, [(lora, 1.0) for lora in loras])
+        more = {"upscaler": " ".join(flags.upscaler)}
 
     prompts = [prompt for prompt in flags.prompt for _ in range(flags.num_images)]
     settings = {name: getattr(flags, name) for name in ("height", "width", "steps", "guidance_scale", "sampler")}

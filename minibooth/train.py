@@ -3,6 +3,8 @@
 import argparse
 import contextlib
 import dataclasses
+import itertools
+import shlex
 import sys
 import typing
 from collections.abc import Collection, Sequence
@@ -49,6 +51,8 @@ EMBEDDED: dict[str, typing.Any] = {
     "upscaler": str(WEIGHTS / "tiny-x4"),
     "seed": 0,
 }
+# What is otherwise with --rank, where nobody said so: attention alone learns no marks here.
+LORA: dict[str, typing.Any] = {"lora_targets": "all", "learning_rate": 3e-3, "text_encoder_lr": 3e-3}
 SECOND: dict[str, typing.Any] = {  # what is otherwise in its second step, where nobody said so
     "max_train_steps": 160,
     "learning_rate": 3e-4,
@@ -79,9 +83,10 @@ def parse(argv: Sequence[str]) -> Settings:
 
 def first(given: dict[str, typing.Any]) -> Settings:
     """The run that these flags ask for: EMBEDDED, if it is there, where neither a model nor photographs are named."""
+    embedded = EMBEDDED | (LORA if given.get("rank") else {})
     there = Path(EMBEDDED["pretrained_model_name_or_path"]).is_dir()
     named = given.get("pretrained_model_name_or_path") or given.get("instance_data_dir")
-    return Settings(**({} if named or not there else EMBEDDED) | given)
+    return Settings(**({} if named or not there else embedded) | given)
 
 
 def second(settings: Settings, given: Collection[str] = ()) -> Settings:
@@ -89,7 +94,8 @@ def second(settings: Settings, given: Collection[str] = ()) -> Settings:
 
     given: the flags that the command line has.
     """
-    own = {name: value for name, value in SECOND.items() if name not in given}
+    usual = SECOND | (LORA if settings.rank else {})
+    own = {name: value for name, value in usual.items() if name not in given}
     return dataclasses.replace(
         settings,
         **(own if settings.upscaler == EMBEDDED["upscaler"] else {}),
@@ -108,8 +114,8 @@ def trainer(settings: Settings, ranks: Ranks) -> Trainer:
     return Trainer(settings, ranks.device, *dtypes, ranks)
 
 
-def train(settings: Settings, ranks: Ranks) -> tuple[str, str]:
-    """One step of the paper, start to end; returns the command that draws with what it left, and the model to name there."""
+def train(settings: Settings, ranks: Ranks) -> tuple[str, list[str]]:
+    """One step of the paper, start to end; returns the command that draws with what it left: the model, or that and a LoRA."""
     run = trainer(settings, ranks)
     repository = hub.reserve(settings) if settings.push_to_hub and ranks.first else None
     if run.journal.finished:
@@ -127,8 +133,8 @@ def train(settings: Settings, ranks: Ranks) -> tuple[str, str]:
     if repository:
         hub.push(settings, repository)
         print(f"uploaded to {repository}")
-    lora = f"{settings.pretrained_model_name_or_path} --lora {settings.output_dir}"
-    return run.stage.use, lora if settings.rank else str(run.weights.result)
+    lora = [settings.pretrained_model_name_or_path, settings.output_dir]
+    return run.stage.use, lora if settings.rank else [str(run.weights.result)]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -140,9 +146,11 @@ def main(argv: Sequence[str]) -> None:
     with parallel.start(settings, command.device(settings.device)) as ranks:
         for later in steps[1:]:
             trainer(later, ranks)  # what would stop it is to be known now
-        (use, *_), models = zip(*(train(each, ranks) for each in steps), strict=True)
-        model = " --upscaler ".join(models)
-        print(f'draw with it:  python -m minibooth.{use} --model {model} --prompt "{settings.instance_prompt} in the snow"')
+        (use, *_), (model, *upscaler) = zip(*(train(each, ranks) for each in steps), strict=True)
+        words = [*itertools.chain(*zip(("--model", "--lora"), model, strict=False))]
+        words += [word for each in upscaler for word in ("--upscaler", *each)]
+        words += ["--prompt", f"{settings.instance_prompt} in the snow"]
+        print(f"draw with it:  python -m minibooth.{use} {shlex.join(words)}")
 
 
 if __name__ == "__main__":

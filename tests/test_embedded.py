@@ -1,6 +1,7 @@
 """The embedded model truly draws: prompts show in its pictures, training teaches it the subject, saving keeps all of it."""
 
 import json
+import shlex
 from pathlib import Path
 
 import diffusers
@@ -15,7 +16,7 @@ from small_run import metrics, run, same_bits, train, trainer, weights
 from world import SUBJECTS, Scene
 
 import minibooth
-from minibooth import evaluate
+from minibooth import evaluate, generate
 from minibooth.dreambooth import stages
 from minibooth.dreambooth.metrics import Eyes, cosines
 from minibooth.dreambooth.settings import Settings
@@ -97,15 +98,24 @@ def test_it_resumes_to_the_same_bits(tmp_path):
     assert same_bits(weights(whole), weights(tmp_path / "part"))
 
 
-def test_no_arguments_mean_the_embedded_run(tmp_path, capsys):
+@pytest.mark.parametrize("rank", [0, 2])
+def test_no_arguments_mean_the_embedded_run_and_what_it_says_at_the_end_draws(rank, tmp_path, capsys):
+    """So does --rank, with what makes a LoRA learn here."""
     assert parse([]).pretrained_model_name_or_path == str(WEIGHTS / "tiny")
-    short = ["--max_train_steps=2", "--num_class_images=2", "--num_validation_images=1", f"--output_dir={tmp_path / 'out'}"]
-    assert run(["--device=cpu", *short]) == 0
-    for step in (tmp_path / "out", tmp_path / "out" / "upscaler"):
-        assert (step / "samples" / "before-after.png").is_file() and (step / "model_index.json").is_file()
-    told = json.loads((tmp_path / "out" / "run.json").read_text())["settings"]
-    assert told["instance_prompt"] == "a photo of a zwx robot" and told["with_prior_preservation"]
-    assert "python -m minibooth.generate --model" in capsys.readouterr().out
+    output = tmp_path / "a run"
+    short = ["--max_train_steps=2", "--num_class_images=2", "--num_validation_images=1", f"--output_dir={output}"]
+    assert run(["--device=cpu", f"--rank={rank}", *short]) == 0
+    for step in (output, output / "upscaler"):
+        assert (step / "samples" / "before-after.png").is_file()
+        assert (step / ("pytorch_lora_weights.safetensors" if rank else "model_index.json")).is_file()
+        told = json.loads((step / "run.json").read_text())["settings"]
+        assert told["instance_prompt"] == "a photo of a zwx robot"
+        assert (told["lora_targets"], told["learning_rate"] == 3e-3) == (("all", True) if rank else ("attention", False))
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("draw with it:"))
+    assert words[:3] == ["python", "-m", "minibooth.generate"]
+    generate.main([*words[3:], "--steps=1", "--device=cpu", f"--output_dir={tmp_path / 'drawn'}"])
+    with Image.open(tmp_path / "drawn" / "0000.png") as picture:
+        assert picture.size == (256, 256)
 
 
 def test_weights_stay_small():

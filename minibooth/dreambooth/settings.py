@@ -14,6 +14,7 @@ from minibooth.dreambooth.learning_rate import SCHEDULES
 from minibooth.errors import UserError
 from minibooth.models.lora import TARGETS
 
+PRECISIONS, MIXED, FORMATS = ("no", "fp32", "fp16", "bf16"), ("no", "fp16", "bf16"), ("folder", "single")
 MOST = {int: 2.0**53, float: 3e38}  # beyond, numbers run out
 
 
@@ -41,26 +42,18 @@ class Settings:
     prior_loss_weight: float = flag(1.0, "lambda of the paper")
     num_class_images: int = flag(100, "class pictures to train on; missing ones are drawn by the model itself")
     sample_batch_size: int = flag(4, "class pictures, and those of a grid, drawn at a time")
-    prior_generation_precision: str | None = flag(
-        None, "for class pictures; fp16 on a GPU", choices=("no", "fp32", "fp16", "bf16")
-    )
+    prior_generation_precision: str | None = flag(None, "for class pictures; fp16 on a GPU", choices=PRECISIONS)
     class_guidance_scale: float = flag(7.5, "how strictly drawn class pictures follow their prompt")
     stage: str | None = flag(None, "what is trained; as the model is", choices=("text_to_image", "super_resolution"))
     upscaler: str = flag("", "an x4-upscaler to train afterwards on the same photographs: OUTPUT_DIR/upscaler")
-    noise_levels: tuple[int, int] = flag(
-        (0, 0), "noise on the small pictures that an upscaler is shown; the model had 0 349", nargs=2
-    )
+    noise_levels: tuple[int, int] = flag((0, 0), "noise on what an upscaler is shown; the model had 0 349", nargs=2)
     resolution: int = flag(512, "side of the training crops in pixels; an upscaler's are cut at the pictures' full detail")
     center_crop: bool = flag(False, "cut at the centre instead of anywhere")
     random_flip: bool = flag(False, "mirror every other crop")
     image_interpolation_mode: str = flag("lanczos", "filter that resizes photographs", choices=tuple(INTERPOLATION))
     crops_per_image: int = flag(8, "different crops encoded per picture; 0 cuts and encodes anew at every step")
     output_dir: str = flag("dreambooth-model", "where everything goes")
-    output_format: str = flag(
-        "folder",
-        "diffusers' layout, or a single file NAME/NAME.safetensors for A1111 and ComfyUI",
-        choices=("folder", "single"),
-    )
+    output_format: str = flag("folder", "diffusers' layout, or one file, as A1111 and ComfyUI have it", choices=FORMATS)
     seed: int | None = flag(None, "repeats a run exactly")
     train_text_encoder: bool = flag(False, "train the text encoder too")
     text_encoder_lr: float | None = flag(None, "its learning rate; --learning_rate if not given")
@@ -86,14 +79,10 @@ class Settings:
     adam_epsilon: float = flag(1e-8, "epsilon of AdamW")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0 leaves them")
     full_bf16: bool = flag(False, "weights and gradients in bf16, rounded stochastically; wants --mixed_precision bf16")
-    fused_backward_pass: bool = flag(
-        False, "update each weight as its gradient comes, so that they are never all there; wants --max_grad_norm 0"
-    )
+    fused_backward_pass: bool = flag(False, "use each gradient as it comes, and drop it; wants --max_grad_norm 0")
     offset_noise: bool = flag(False, "add 0.1 times a constant per channel to the noise")
     snr_gamma: float | None = flag(None, "min-SNR weighting of the loss; 5.0 is usual")
-    mixed_precision: str | None = flag(
-        None, "autocast; weights stay in fp32, but for --full_bf16", choices=("no", "fp16", "bf16")
-    )
+    mixed_precision: str | None = flag(None, "autocast; weights stay in fp32, but for --full_bf16", choices=MIXED)
     allow_tf32: bool = flag(False, "TF32 matrix products on Ampere and later GPUs")
     compile: str = flag(
         "auto",
