@@ -21,6 +21,8 @@ def parser() -> command.Parser:
     add("--batch_size", type=command.within(1), default=4, help="pictures drawn at a time; no picture depends on it [4]")
     upscaler = "a super-resolution model that makes each picture four times as large, and LoRAs of it [none]"
     add("--upscaler", nargs="+", default=[], metavar="M", help=upscaler)
+    add("--upscaler_guidance_scale", type=command.within(-1e3, 1e3), default=9.0, help="how strictly it follows the prompt [9]")
+    add("--noise_level", type=int, default=20, help="0 to 350: how freely it draws [20]")
     return parser
 
 
@@ -32,7 +34,9 @@ def main(argv: Sequence[str]) -> None:
     if flags.upscaler:
         model, *loras = flags.upscaler
         upscaler = drawing.open_other(flags, model, StableDiffusionUpscale, [(lora, 1.0) for lora in loras])
-        more = {"upscaler": " ".join(flags.upscaler)}
+        more = {name: getattr(flags, name) for name in ("noise_level", "upscaler_guidance_scale")}
+        more["upscaler"] = " ".join(flags.upscaler)
+    how = dict(noise_level=flags.noise_level, guidance_scale=flags.upscaler_guidance_scale, steps=flags.steps)
 
     prompts = [prompt for prompt in flags.prompt for _ in range(flags.num_images)]
     settings = {name: getattr(flags, name) for name in ("height", "width", "steps", "guidance_scale", "sampler")}
@@ -42,8 +46,7 @@ def main(argv: Sequence[str]) -> None:
         drawn = pipe.generate(batch, flags.negative_prompt or None, seed=flags.seed + start, **settings)
         more |= dict(width=drawn[0].width, height=drawn[0].height)
         if upscaler:
-            how = dict(negative_prompts=flags.negative_prompt, steps=flags.steps, seed=flags.seed + start)
-            drawn = upscaler.generate(batch, drawn, **how)
+            drawn = upscaler.generate(batch, drawn, **how, negative_prompts=flags.negative_prompt, seed=flags.seed + start)
         for i, (prompt, picture) in enumerate(zip(batch, drawn, strict=True), start=start):
             drawing.save(picture, flags.output_dir, "", drawing.metadata(flags, prompt, flags.seed + i, picture.size, **more))
         pictures += drawn

@@ -148,7 +148,11 @@ def main(argv: Sequence[str]) -> None:
             trainer(later, ranks)  # what would stop it is to be known now
         (use, *_), (model, *upscaler) = zip(*(train(each, ranks) for each in steps), strict=True)
         words = [*itertools.chain(*zip(("--model", "--lora"), model, strict=False))]
-        words += [word for each in upscaler for word in ("--upscaler", *each)]
+        how = {"guidance_scale": settings.validation_guidance_scale}  # as the grids were drawn
+        for own, later in zip(upscaler, steps[1:], strict=True):
+            words += ["--upscaler", *own]
+            how |= {"upscaler_guidance_scale": later.validation_guidance_scale, "noise_level": later.noise_levels[0]}
+        words += [word for name, value in how.items() for word in (f"--{name}", f"{value:g}")]
         words += ["--prompt", f"{settings.instance_prompt} in the snow"]
         print(f"draw with it:  python -m minibooth.{use} {shlex.join(words)}")
 

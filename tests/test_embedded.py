@@ -113,6 +113,7 @@ def test_no_arguments_mean_the_embedded_run_and_what_it_says_at_the_end_draws(ra
         assert (told["lora_targets"], told["learning_rate"] == 3e-3) == (("all", True) if rank else ("attention", False))
     words = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("draw with it:"))
     assert words[:3] == ["python", "-m", "minibooth.generate"]
+    assert "--guidance_scale 4 --upscaler_guidance_scale 1 --noise_level 0" in " ".join(words)
     generate.main([*words[3:], "--steps=1", "--device=cpu", f"--output_dir={tmp_path / 'drawn'}"])
     with Image.open(tmp_path / "drawn" / "0000.png") as picture:
         assert picture.size == (256, 256)

@@ -360,12 +360,14 @@ def test_a_name_that_is_no_utf8_is_a_name(x4, tmp_path, capsys):
 
 def test_generate_draws_and_enlarges_in_one_go(sd1, x4, tmp_path):
     words = ["--model", sd1, "--upscaler", x4, "--prompt", "a dog", "a cat", "--steps", 2, "--seed", 7, "--device=cpu"]
+    words += ["--noise_level", 5, "--upscaler_guidance_scale", 3]
     generate.main([*map(str, words), "--output_dir", str(tmp_path)])
     size, said = text(tmp_path / "0001.png")
     assert size == (256, 256)
     assert (said["upscaler"], said["width"], said["prompt"], said["seed"]) == (str(x4), "64", "a cat", "8")
+    assert (said["noise_level"], said["upscaler_guidance_scale"]) == ("5", "3.0")
     drawn = minibooth.load(sd1).generate("a cat", "", steps=2, seed=8)
-    expected = minibooth.load(x4).generate("a cat", drawn, negative_prompts="", steps=2, seed=8)
+    expected = minibooth.load(x4).generate("a cat", drawn, 5, negative_prompts="", steps=2, guidance_scale=3.0, seed=8)
     with Image.open(tmp_path / "0001.png") as opened:
         assert np.abs(pixels([opened]) - pixels(expected)).mean() < 1
 

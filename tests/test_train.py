@@ -204,7 +204,8 @@ def test_the_commands_of_diffusers_readme_run_as_they_stand(name, tmp_path, sd1,
     assert moved == ({"unet", "text_encoder"} if name == "text encoder" else {"unet"})
     assert len([*tmp_path.glob("class/drawn-*/*.png")]) == (0 if name == "dog toy" else 3)
     *_, last = capsys.readouterr().out.splitlines()
-    assert last.endswith(f"python -m minibooth.generate --model {tmp_path / 'model'} --prompt 'a photo of sks dog in the snow'")
+    how = "--guidance_scale 7.5 --prompt 'a photo of sks dog in the snow'"
+    assert last.endswith(f"python -m minibooth.generate --model {tmp_path / 'model'} {how}")
 
 
 # ---- the embedded model
