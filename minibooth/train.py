@@ -134,7 +134,7 @@ def train(settings: Settings, ranks: Ranks) -> tuple[str, list[str]]:
         hub.push(settings, repository)
         print(f"uploaded to {repository}")
     lora = [settings.pretrained_model_name_or_path, settings.output_dir]
-    return run.stage.use, lora if settings.rank else [str(run.weights.result)]
+    return run.stage.use.format(*settings.noise_levels), lora if settings.rank else [str(run.weights.result)]
 
 
 def main(argv: Sequence[str]) -> None:

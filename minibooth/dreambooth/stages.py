@@ -28,7 +28,7 @@ VALIDATION: dict[str, Any] = {"steps": 25, "sampler": "dpmpp_2m"}
 class TextToImage:
     """A picture is resized to the resolution; XL is told its sizes [B, 6]."""
 
-    name, use = "text_to_image", "generate"  # the value of --stage, and the command that draws
+    name, use = "text_to_image", "generate"  # the value of --stage; the command that draws, at a noise level
     caption = ""  # what the columns of the validation's grid are, where prompts do not say it
     pipe: Any
 
@@ -78,7 +78,7 @@ class SuperResolution(TextToImage):
     model learns to invent what the pictures show.
     """
 
-    name, use = "super_resolution", "upscale --noise_level 0 --images ..."
+    name, use = "super_resolution", "upscale --noise_level {} --images ..."
     caption = "from left to right: what it is shown, what it makes of it, the photograph"
 
     def check(self, pictures: Sequence[Path], drawn: int = 0) -> None:
