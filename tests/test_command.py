@@ -91,5 +91,6 @@ def test_any_words_can_be_printed_in_any_locale_even_with_stderr_closed():
 def test_ctrl_c_among_the_imports_ends_a_command_quietly(tmp_path):
     (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
     where = dict(cwd=Path(command.__file__).parents[1], env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    where["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
     done = subprocess.run([sys.executable, "-m", "minibooth.train"], capture_output=True, **where)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
