@@ -109,7 +109,7 @@ def test_no_arguments_mean_the_embedded_run_and_what_it_says_at_the_end_draws(ra
         assert (step / "samples" / "before-after.png").is_file()
         assert (step / ("pytorch_lora_weights.safetensors" if rank else "model_index.json")).is_file()
         told = json.loads((step / "run.json").read_text())["settings"]
-        assert told["instance_prompt"] == "a photo of a zwx robot"
+        assert told["instance_prompt"] == "a photo of a zwx robot" and told["with_prior_preservation"] == (step == output)
         assert (told["lora_targets"], told["learning_rate"] == 3e-3) == (("all", True) if rank else ("attention", False))
     words = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("draw with it:"))
     assert words[:3] == ["python", "-m", "minibooth.generate"]
