@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> None:
     if flags.upscaler:
         model, *loras = flags.upscaler
         upscaler = drawing.open_other(flags, model, StableDiffusionUpscale, [(lora, 1.0) for lora in loras])
-        more = {name: getattr(flags, name) for name in ("noise_level", "upscaler_guidance_scale")}
+        more = dict(noise_level=flags.noise_level, upscaler_guidance_scale=flags.upscaler_guidance_scale)
         more["upscaler"] = " ".join(flags.upscaler)
     how = dict(noise_level=flags.noise_level, guidance_scale=flags.upscaler_guidance_scale, steps=flags.steps)
 
