@@ -36,15 +36,8 @@ EMBEDDED: dict[str, typing.Any] = {
     "text_encoder_lr": 1.2e-3,
     "lr_scheduler": "linear",
     "lr_warmup_steps": 0,
-    "validation_prompt": " | ".join(
-        f"a photo of a {words}"
-        for words in (
-            "zwx robot in the snow",
-            "zwx robot wearing a crown in the forest",
-            "zwx robot with a balloon at night",
-            "red zwx robot on the moon",
-        )
-    ),
+    "validation_prompt": "a photo of a zwx robot in the snow | a photo of a zwx robot wearing a crown in the forest | "
+    "a photo of a zwx robot with a balloon at night | a photo of a red zwx robot on the moon",
     "validation_guidance_scale": 4.0,
     "validation_steps": 120,
     "metrics_model": str(WEIGHTS / "tiny-clip"),

@@ -2,8 +2,10 @@
 
 import errno
 import json
+import mmap
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,6 +69,38 @@ def test_weights_can_be_read_after_their_file_is_gone(tmp_path):
     assert equal(tensors, TENSORS)
 
 
+def test_a_file_is_mapped_in_parts_each_as_long_as_a_tensor_of_it_is_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.Tensors, "PART", mmap.ALLOCATIONGRANULARITY)
+    many = {f"{i}": torch.full((i, mmap.ALLOCATIONGRANULARITY // 8), i) for i in range(1, 5)}  # int64: i parts long
+    many |= {"none": torch.empty(0, 3), "one": torch.tensor(2.0)}
+    save_file(many, tmp_path / "model.safetensors")
+
+    def mapped():
+        """How often Linux has the file in this process's memory."""
+        maps = Path("/proc/self/maps")
+        return maps.read_text().count(str(tmp_path)) if maps.exists() else None
+
+    tensors = files.weights_of(tmp_path, "model")
+    assert mapped() in (0, None)
+    held = {name: tensors[name] for name in tensors}
+    assert equal(held, many)
+    assert mapped() in (5, None)  # one for each that holds something
+    held["1"].zero_()
+    del held
+    assert mapped() in (0, None)
+    assert equal(tensors, many)
+
+
+def test_a_file_may_lie_at_any_byte(tmp_path):
+    header = b'{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,12]},"__metadata__":{"format":"pt"}}'
+    for pad in range(4):
+        text, values = header + b" " * pad, torch.tensor([1.0, 2.0, 3.0])
+        (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + values.numpy().tobytes())
+        tensors = files.weights_of(tmp_path, "model")
+        assert torch.equal(tensors["a"] * 2, values * 2)
+        assert tensors.metadata == {"format": "pt"}
+
+
 def test_the_variant_that_is_there_is_named(tmp_path):
     save_file(TENSORS, tmp_path / "model.fp16.safetensors")
     assert "the variants there are fp16: see --variant" in refusal(tmp_path, "model")
@@ -120,9 +154,8 @@ def test_the_file_of_an_unknown_dtype_is_named(tmp_path):
     save_file(TENSORS, tmp_path / "one.safetensors")
     header = b'{"d":{"dtype":"F8_E8M0","shape":[1],"data_offsets":[0,1]}}'
     (tmp_path / "two.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
-    tensors = files.Tensors([tmp_path / "one.safetensors", tmp_path / "two.safetensors"])
     with pytest.raises(UserError, match=r"two.safetensors: d is stored as F8_E8M0; supported: F64"):
-        files.meta(tensors)
+        files.Tensors([tmp_path / "one.safetensors", tmp_path / "two.safetensors"])
 
 
 class Trap:

@@ -3,18 +3,19 @@ is written appears under its name only when it is whole.
 """
 
 import contextlib
-import functools
 import hashlib
 import json
+import mmap
 import operator
 import os
 import re
 import shutil
 import tempfile
+import weakref
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
 import torch
@@ -34,41 +35,52 @@ Recipe = Callable[[Mapping[str, Tensor]], Tensor]
 class Tensors(Mapping[str, Tensor]):
     """The tensors of one or several safetensors files as a mapping from name to tensor, each read when asked for.
 
-    The files stay open, so they can be read even after somebody has moved or replaced them. `mapped` tensors cost nothing
-    until they are used, but all of a file that was looked at counts as memory of the process; others are copies.
+    A tensor is the file's own pages, which cost nothing until it is used, and no memory of the process once it is gone: a
+    file is mapped in parts, each as long as somebody holds a tensor of it. The files stay open, so they can be read even
+    after somebody has moved or replaced them. `meta`: dtypes and shapes, as tensors on meta.
     """
 
-    def __init__(self, files: list[Path], mapped: bool = True):
-        self._owner: dict[str, tuple[Path, Any]] = {}
+    PART = 1 << 27  # bytes; more, where its last tensor ends beyond
+
+    def __init__(self, files: list[Path]):
         self.metadata: dict[str, str] = {}
+        self.meta: dict[str, Tensor] = {}
+        self._places: dict[str, tuple[tuple[BinaryIO, int], int, int]] = {}  # in which part of which file; first byte, end
+        self._mapped = weakref.WeakValueDictionary[tuple[BinaryIO, int], mmap.mmap]()
         for path in files:
             if path.suffix in PICKLES:
                 raise UserError(f"{path} is a pickle, which is never opened here; convert it to safetensors")
             try:
-                handle = safetensors.safe_open(path, framework="pt", backend="mmap" if mapped else "pread")
+                file = path.open("rb")
+                weakref.finalize(self, file.close)
+                safetensors.safe_open(path, framework="pt", backend="pread")  # looks whether it is whole
             except (safetensors.SafetensorError, OSError) as error:
                 broken = f"is not a whole safetensors file ({error}); download or convert it again"
                 raise UserError(f"{path} {f'cannot be read: {error}' if isinstance(error, OSError) else broken}") from None
-            self._owner |= dict.fromkeys(handle.keys(), (path, handle))
-            self.metadata |= handle.metadata() or {}
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            self.metadata |= header.pop("__metadata__", None) or {}
+            for name, x in header.items():
+                if x["dtype"] not in DTYPES:
+                    raise UserError(f"{path}: {name} is stored as {x['dtype']}; supported: {', '.join(DTYPES)}")
+                start, end = (file.tell() + offset for offset in x["data_offsets"])
+                self._places[name] = (file, start // self.PART), start, end
+                self.meta[name] = torch.empty(x["shape"], dtype=DTYPES[x["dtype"]], device="meta")
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._owner[name][1].get_tensor(name)
+        (part, start, _), like = self._places[name], self.meta[name]
+        if not like.numel():
+            return torch.empty_like(like, device="cpu")
+        file, first = part[0], part[1] * self.PART
+        if (pages := self._mapped.get(part)) is None:
+            last = max(end for place, _, end in self._places.values() if place == part)
+            pages = self._mapped[part] = mmap.mmap(file.fileno(), last - first, access=mmap.ACCESS_COPY, offset=first)
+        return torch.frombuffer(pages, dtype=like.dtype, count=like.numel(), offset=start - first).view(like.shape)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._owner)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._owner)
-
-    @functools.cached_property
-    def meta(self) -> dict[str, Tensor]:
-        """Dtypes and shapes, as tensors on meta."""
-        headers = {name: handle.get_slice(name) for name, (_, handle) in self._owner.items()}
-        for name, header in headers.items():
-            if (stored := header.get_dtype()) not in DTYPES:
-                raise UserError(f"{self._owner[name][0]}: {name} is stored as {stored}; supported: {', '.join(DTYPES)}")
-        return {n: torch.empty(h.get_shape(), dtype=DTYPES[h.get_dtype()], device="meta") for n, h in headers.items()}
+        return len(self._places)
 
 
 class View(Mapping[str, Tensor]):
@@ -104,7 +116,7 @@ def meta(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return getattr(tensors, "meta", tensors)
 
 
-def weights_of(folder: Path, stem: str, variant: str | None = None, mapped: bool = True) -> Tensors:
+def weights_of(folder: Path, stem: str, variant: str | None = None) -> Tensors:
     """Open `stem[.variant].safetensors` of a folder, or the shards that its index lists.
 
     Raises UserError where there is none (naming the variants or the pickle found instead), where a shard is missing or lies
@@ -113,7 +125,7 @@ def weights_of(folder: Path, stem: str, variant: str | None = None, mapped: bool
     infix = f".{variant}" if variant else ""
     single, index = folder / f"{stem}{infix}.safetensors", folder / f"{stem}.safetensors.index{infix}.json"
     if single.is_file():
-        return Tensors([single], mapped)
+        return Tensors([single])
     if index.is_file():
         names = read_json(index).get("weight_map")
         shards = sorted({str(name) for name in names.values()}) if isinstance(names, dict) else []
@@ -124,7 +136,7 @@ def weights_of(folder: Path, stem: str, variant: str | None = None, mapped: bool
                 raise UserError(f"{index} points outside its folder ({shard}); do not use this checkpoint")
             if not (folder / shard).is_file():
                 raise UserError(f"{folder / shard} is missing, though {index.name} lists it; download it again")
-        return Tensors([folder / shard for shard in shards], mapped)
+        return Tensors([folder / shard for shard in shards])
     found = sorted(path.name for path in folder.glob("*") if path.suffix in {".safetensors", *PICKLES})
     if found and all(name.endswith(PICKLES) for name in found):
         raise UserError(f"{folder} holds only a pickle ({found[0]}), which is never opened here; convert it to safetensors")

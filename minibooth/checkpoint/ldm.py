@@ -217,12 +217,12 @@ def _join(parts: list[tuple[str, Place]], state: Mapping[str, Tensor]) -> Tensor
 # ---- what a file holds
 
 
-def open_file(path: Path, ema: bool = False, mapped: bool = True) -> tuple[files.View, dict[str, str]]:
+def open_file(path: Path, ema: bool = False) -> tuple[files.View, dict[str, str]]:
     """A file's tensors under the published names, and its metadata.
 
     ema: the UNet is the average that training kept in model_ema, which then is left out. Raises UserError where there is none.
     """
-    tensors = files.Tensors([path], mapped)
+    tensors = files.Tensors([path])
     bare = re.compile(r"\.transformer\.(?=(embeddings|encoder|final_layer_norm)\.)")  # as some merges write them
     names = {bare.sub(".transformer.text_model.", name): name for name in tensors}
     if ema:

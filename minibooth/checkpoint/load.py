@@ -104,16 +104,15 @@ class Source:
         tokenizer: str | Path | None = None,
         ema: bool = False,
         prediction_type: str | None = None,
-        mapped: bool = True,
     ) -> "Source":
         """Open a folder in the diffusers layout, an LDM single file, or a hub repository, "owner/name".
 
-        tokenizer: the folder to take the vocabulary from. ema: of a single file, the averaged weights. mapped: see
-        files.Tensors. Raises UserError where something is missing, damaged or of another kind, or cannot be had from the hub.
+        tokenizer: the folder to take the vocabulary from. ema: of a single file, the averaged weights. Raises UserError
+        where something is missing, damaged or of another kind, or cannot be had from the hub.
         """
         path = Path(source)
         if path.suffix in (".safetensors", *files.PICKLES) and path.is_file():
-            return cls._of_file(path, tokenizer, ema, prediction_type, mapped)
+            return cls._of_file(path, tokenizer, ema, prediction_type)
         if ema:
             raise UserError(f"{source} is no single file: --ema means nothing there")
         folder = find(source, variant, revision)
@@ -128,16 +127,14 @@ class Source:
             schedule = self.json(SCHEDULE) | {"prediction_type": prediction_type}
             self.files[SCHEDULE] = json.dumps(schedule, indent=2).encode()
         for name in KINDS[self.kind]:
-            tensors = files.weights_of(folder / name, COMPONENTS[name].stem, variant, mapped)
+            tensors = files.weights_of(folder / name, COMPONENTS[name].stem, variant)
             names = {published_name(key): key for key in tensors if not DROPPED.search(key)}
             self.weights[name] = files.renamed(tensors, names)
         return self
 
     @classmethod
-    def _of_file(
-        cls, path: Path, tokenizer: str | Path | None, ema: bool, prediction_type: str | None, mapped: bool
-    ) -> "Source":
-        tensors, metadata = ldm.open_file(path, ema, mapped)
+    def _of_file(cls, path: Path, tokenizer: str | Path | None, ema: bool, prediction_type: str | None) -> "Source":
+        tensors, metadata = ldm.open_file(path, ema)
         known = prediction_type or ldm.predicts(tensors, metadata)
         shapes = files.meta(tensors)
         own = {key.removeprefix(ldm.OURS): metadata.pop(key) for key in [*metadata] if key.startswith(ldm.OURS)}

@@ -94,10 +94,9 @@ class Weights:
     def bytes(self, dtype: torch.dtype, shards: int) -> float:
         """Of weights, gradients and moments, in a process that holds one of so many shards of what trains."""
         s, sizes = self.settings, self.sizes()
-        frozen = 0.0
-        for name, network in self.pipe.networks.items():
-            if self.lora or name not in self.trained:
-                frozen += sum(p.numel() for p in network.parameters()) / (shards if name in self.trained else 1)
+        held = {name: sum(p.numel() for p in network.parameters()) for name, network in self.pipe.networks.items()}
+        still = held if self.lora else held.keys() - self.trained
+        frozen = sum(held[name] / (shards if name in self.trained else 1) for name in still)
         each = (2 if s.full_bf16 else 4) * (1 if s.fused_backward_pass else 2) + (2 + 8 / BLOCK if s.use_8bit_adam else 8)
         return each * sum(sizes.values()) / shards + dtype.itemsize * frozen
 
