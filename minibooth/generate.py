@@ -23,7 +23,7 @@ def parser() -> command.Parser:
     add("--upscaler", nargs="+", default=[], metavar=("M", "L"), help=upscaler)
     guidance = "how strictly it follows the prompt [9]"
     add("--upscaler_guidance_scale", type=command.within(-1e3, 1e3), default=9.0, metavar="S", help=guidance)
-    add("--noise_level", type=int, default=20, metavar="N", help="0 to 350: how freely it draws [20]")
+    add("--noise_level", type=command.within(0, 350), default=20, metavar="N", help="0 to 350: how freely it draws [20]")
     return parser
 
 

@@ -136,6 +136,7 @@ MISTAKES = {
     "seed": (["--prompt", "a", "--seed", "1" + 20 * "0"], "--seed: 1"),
     "no number": (["--prompt", "a", "--guidance_scale", "nan"], "--guidance_scale: nan is not within"),
     "infinite": (["--prompt", "a", "--lora", "x", "--lora_weight", "1", "inf"], "--lora_weight: inf is not within"),
+    "noise level": (["--prompt", "a", "--upscaler", "x", "--noise_level", "900"], "--noise_level: 900 is not within 0 and 350"),
     "no folder": (["--prompt", "a", "--output_dir", ""], "--output_dir: name a file or a folder, not ''"),
     "variant": (["--prompt", "a", "--variant", "fp16"], "fp16.safetensors is missing"),
 }

@@ -377,8 +377,8 @@ BROKEN = {
     "broken": (["--images", "broken.png"], "broken.png"),
     "empty": (["--images", "empty"], "no picture in empty"),
     "prompts": (["--images", "a.png", "--prompt", "a", "b"], "--prompt has 2 for 1 pictures"),
-    "level": (["--images", "a.png", "--noise_level", "900"], "noise_level=900 is not within 0 and 350"),
-    "tile": (["--images", "a.png", "--tile", "0"], "tile=0 is too small"),
+    "level": (["--images", "a.png", "--noise_level", "900"], "--noise_level: 900 is not within 0 and 350"),
+    "tile": (["--images", "a.png", "--tile", "0"], "--tile: 0 is not within 8 and"),
     "no images": ([], "--images"),
     "an empty name": (["--images", ""], "--images: name a file or a folder, not ''"),
 }
