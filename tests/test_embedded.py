@@ -104,7 +104,7 @@ def test_no_arguments_mean_the_embedded_run_and_what_it_says_at_the_end_draws(ra
     assert parse([]).pretrained_model_name_or_path == str(WEIGHTS / "tiny")
     output = tmp_path / "a run"
     short = ["--max_train_steps=2", "--num_class_images=2", "--num_validation_images=1", f"--output_dir={output}"]
-    assert run(["--device=cpu", f"--rank={rank}", *short]) == 0
+    assert run(["--device=cpu", f"--rank={rank}", "--noise_levels", "3", "9", *short]) == 0
     for step in (output, output / "upscaler"):
         assert (step / "samples" / "before-after.png").is_file()
         assert (step / ("pytorch_lora_weights.safetensors" if rank else "model_index.json")).is_file()
@@ -113,7 +113,7 @@ def test_no_arguments_mean_the_embedded_run_and_what_it_says_at_the_end_draws(ra
         assert (told["lora_targets"], told["learning_rate"] == 3e-3) == (("all", True) if rank else ("attention", False))
     words = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("draw with it:"))
     assert words[:3] == ["python", "-m", "minibooth.generate"]
-    assert "--guidance_scale 4 --upscaler_guidance_scale 1 --noise_level 0" in " ".join(words)
+    assert "--guidance_scale 4 --upscaler_guidance_scale 1 --noise_level 3" in " ".join(words)
     generate.main([*words[3:], "--steps=1", "--device=cpu", f"--output_dir={tmp_path / 'drawn'}"])
     with Image.open(tmp_path / "drawn" / "0000.png") as picture:
         assert picture.size == (256, 256)

@@ -1,11 +1,15 @@
 """A hub id is drawn through huggingface_hub and its cache; the hub is a stand-in on loopback."""
 
+import shutil
+
 import pytest
+import single_files
 import torch
 from hub_standin import serving
 from huggingface_hub import HfApi, constants
 
 import minibooth
+from minibooth.checkpoint.load import CLIP
 from minibooth.errors import UserError
 
 
@@ -70,6 +74,16 @@ def test_one_variant_is_drawn_and_then_read_from_the_cache(hub, monkeypatch, sd1
     assert torch.equal(again.unet.conv_out.weight, first.unet.conv_out.weight)
     with pytest.raises(UserError, match="owner/small"):
         minibooth.load("owner/small")  # the other variant was never drawn
+
+
+def test_the_vocabulary_of_single_files_is_drawn_once(hub, tmp_path):
+    hub.add(CLIP, single_files.folder("sd1") / "tokenizer")
+    path = shutil.copy(single_files.file("sd1"), tmp_path)
+    minibooth.load(path)
+    assert {"vocab.json", "merges.txt"} <= hub.downloads
+    hub.requests.clear()
+    minibooth.load(path)
+    assert hub.requests == []
 
 
 def test_the_revision_reaches_the_hub(hub, sd1):

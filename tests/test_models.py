@@ -47,6 +47,8 @@ def test_vae_gives_the_numbers_of_diffusers(ours, theirs, batch, height, width):
         posterior, expected = ours.vae.encode(images), theirs.vae.encode(images).latent_dist
         assert error(posterior.mean, expected.mean) <= 1e-5
         assert error(posterior.std, expected.std) <= 1e-5
+        ours_drawn, theirs_drawn = (x.sample(torch.Generator().manual_seed(0)) for x in (posterior, expected))
+        assert error(ours_drawn, theirs_drawn) <= 1e-5
         assert error(ours.vae.decode(latents), theirs.vae.decode(latents).sample) <= 1e-5
 
 

@@ -447,6 +447,11 @@ def test_fp16_scales_the_loss_and_resumes(tmp_path):
     settings.output_dir, settings.resume_from_checkpoint = str(stopped), "latest"
     assert same_bits(weights(train(settings, torch.float16)), weights(whole))
 
+    state = stopped_after(whole, step=1, name="overflowing") / "checkpoint-1" / "state.json"
+    state.write_text(json.dumps((told := json.loads(state.read_text())) | {"scaler": told["scaler"] | {"scale": 2.0**100}}))
+    settings.output_dir = str(state.parents[1])
+    assert same_bits(only(weights(train(settings, torch.float16)), "unet"), weights(state.parent))  # no step was taken
+
 
 def test_a_half_precision_file_comes_back_as_one(tmp_path, copy_of):
     model = copy_of(tiny())
