@@ -46,6 +46,12 @@ def test_numbers_too_small_to_be_normal_count_as_zero():
     assert subprocess.run(words, capture_output=True, text=True, check=True).stdout == "0\n"
 
 
+def test_a_folder_is_made_with_those_above_it(tmp_path):
+    for _ in range(2):
+        command.ready_folder(tmp_path / "a" / "b")
+        assert (tmp_path / "a" / "b").is_dir() and not [*(tmp_path / "a" / "b").iterdir()]
+
+
 # ---- the process
 
 

@@ -158,6 +158,8 @@ UNSUPPORTED = [
     (UNetConfig, UNET, "act_fn", "gelu"),
     (UNetConfig, UNET, "a_key_of_tomorrow", 1),
     (VAEConfig, VAE_CONFIG, "use_quant_conv", False),
+    (VAEConfig, VAE_CONFIG, "use_post_quant_conv", False),
+    (VAEConfig, VAE_CONFIG, "mid_block_add_attention", False),
     (VAEConfig, VAE_CONFIG, "latents_mean", [0.0]),
 ]
 
@@ -187,6 +189,8 @@ def test_what_we_have_no_code_for_is_refused_by_name(network, config, published,
 def test_neutral_settings_of_newer_files_change_nothing():
     newer = {"class_embed_type": None, "conv_in_kernel": 3, "dropout": 0.0, "attention_type": "default", "_use_ema": 1}
     assert UNetConfig.from_dict(UNET | newer) == UNetConfig.from_dict(UNET)
+    newer = {"use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True, "shift_factor": None}
+    assert VAEConfig.from_dict(VAE_CONFIG | newer) == VAEConfig.from_dict(VAE_CONFIG)
 
 
 @pytest.mark.parametrize("said, heads", [(4, [4, 4, 4]), ([1, 2, 4, 4], [1, 2, 4])])
