@@ -374,6 +374,7 @@ def test_the_only_file_of_a_folder_is_its_lora(sd1, tmp_path):
 def test_strengths_fit_the_loras(sd1, tmp_path, capsys):
     words = ["--model", sd1, "--prompt", "x", "--lora", "a", "b", "--lora_weight", "1", "2", "3"]
     assert "3 strengths for 2 LoRAs" in error(generate, words, capsys)
+    assert "1 strengths for 0 LoRAs" in error(generate, [*words[:4], "--lora_weight", "1"], capsys)
 
 
 @pytest.mark.parametrize(

@@ -378,6 +378,13 @@ def test_a_mistake_ends_the_process_with_status_2(name, tmp_path):
     assert told.format(tmp_path) in done.stderr
 
 
+def test_a_folder_that_cannot_be_written_is_named_before_pictures_are_drawn(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    settings = small(tmp_path, output_dir=str(tmp_path / "file" / "x"))
+    assert run(flags(settings)) == 2
+    assert f"{settings.output_dir} is no folder that can be written" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_full_disk_is_told_in_one_line(tmp_path, capsys, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device", "unet")
