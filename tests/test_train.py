@@ -15,6 +15,7 @@ from small_run import flags, only, photographs, run, same_bits, small, weights
 from minibooth import train
 from minibooth.dreambooth import prior, stages
 from minibooth.dreambooth import trainer as trainer_module
+from minibooth.dreambooth.parallel import Ranks
 from minibooth.dreambooth.settings import Settings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -402,6 +403,21 @@ def test_an_interrupt_while_class_pictures_are_drawn_says_how_to_go_on(tmp_path,
     settings = small(tmp_path, with_prior_preservation=True, class_prompt="a dog", num_class_images=1)
     assert run(flags(settings)) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "minibooth.train: interrupted: go on with the same command"
+
+
+@pytest.mark.parametrize(
+    "asked, device, computes, draws",
+    [
+        ({}, "cpu", torch.float32, torch.float32),
+        ({}, "cuda", torch.float32, torch.float16),
+        ({"mixed_precision": "bf16", "prior_generation_precision": "fp32"}, "cuda", torch.bfloat16, torch.float32),
+    ],
+    ids=str,
+)
+def test_the_precision_is_what_was_asked_for_or_suits_the_device(asked, device, computes, draws, tmp_path):
+    settings = small(tmp_path, with_prior_preservation=True, class_prompt="a dog", **asked)
+    made = train.trainer(settings, Ranks(torch.device(device)))
+    assert (made.dtype, made.prior_dtype) == (computes, draws)
 
 
 def test_settings_are_all_flags():
