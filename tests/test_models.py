@@ -1,5 +1,8 @@
 """The networks: the numbers of diffusers and transformers on the same weights, and what holds without a reference."""
 
+import dataclasses
+import inspect
+
 import pytest
 import torch
 from comparing import error, gradients, normals, worst_error
@@ -8,7 +11,7 @@ from conftest import SD2, TEXT_ENCODER, UNET, VAE_CONFIG, randomise
 import minibooth
 from minibooth.errors import UserError
 from minibooth.models.clip import CLIPText
-from minibooth.models.config import CLIPTextConfig, UNetConfig, VAEConfig
+from minibooth.models.config import CLIPTextConfig, UNetConfig, VAEConfig, VisionConfig, ViTConfig
 from minibooth.models.unet import UNet
 from minibooth.models.vae import VAE, Posterior
 
@@ -191,6 +194,24 @@ def test_neutral_settings_of_newer_files_change_nothing():
     assert UNetConfig.from_dict(UNET | newer) == UNetConfig.from_dict(UNET)
     newer = {"use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True, "shift_factor": None}
     assert VAEConfig.from_dict(VAE_CONFIG | newer) == VAEConfig.from_dict(VAE_CONFIG)
+
+
+WRITERS = {  # ours -> whose defaults a file leaves out
+    UNetConfig: "diffusers.UNet2DConditionModel", VAEConfig: "diffusers.AutoencoderKL",
+    CLIPTextConfig: "transformers.CLIPTextConfig", VisionConfig: "transformers.CLIPVisionConfig",
+    ViTConfig: "transformers.ViTConfig",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("config", WRITERS, ids=lambda config: config.__name__)
+def test_what_a_file_leaves_out_is_what_the_class_that_wrote_it_means(config):
+    library, name = WRITERS[config].split(".")
+    theirs = getattr(pytest.importorskip(library), name)
+    parameters = inspect.signature(theirs.__init__).parameters
+    usual = {key: x.default for key, x in parameters.items()} if library == "diffusers" else theirs().to_dict()
+    for field in dataclasses.fields(config):
+        if usual[field.name] is not None:  # a model that was published says it
+            assert field.default == usual[field.name], field.name
 
 
 @pytest.mark.parametrize("said, heads", [(4, [4, 4, 4]), ([1, 2, 4, 4], [1, 2, 4])])
