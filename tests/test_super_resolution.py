@@ -92,7 +92,9 @@ def test_the_level_tells_the_unet_something(ours):
 # ---- the reference's pictures
 
 
-@pytest.mark.parametrize("guidance, level, size", [(9.0, 20, (16, 16)), (1.5, 0, (20, 12)), (1.0, 350, (8, 24))])
+@pytest.mark.parametrize(
+    "guidance, level, size", [(9.0, 20, (16, 16)), (4.0, 0, (20, 12)), (1.5, 20, (8, 8)), (1.0, 350, (8, 24))]
+)
 @pytest.mark.parametrize("negatives", [None, NEGATIVES], ids=["none", "given"])
 def test_a_seed_means_what_it_means_in_diffusers(ours, theirs, negatives, guidance, level, size):
     images = [picture(*size, seed=seed) for seed in range(2)]

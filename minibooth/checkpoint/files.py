@@ -45,7 +45,8 @@ class Tensors(Mapping[str, Tensor]):
     def __init__(self, files: list[Path]):
         self.metadata: dict[str, str] = {}
         self.meta: dict[str, Tensor] = {}
-        self._places: dict[str, tuple[tuple[BinaryIO, int], int, int]] = {}  # in which part of which file; first byte, end
+        self._places: dict[str, tuple[tuple[BinaryIO, int], int]] = {}  # in which part of which file, and its first byte there
+        self._ends: dict[tuple[BinaryIO, int], int] = {}  # of each part, in it
         self._mapped = weakref.WeakValueDictionary[tuple[BinaryIO, int], mmap.mmap]()
         for path in files:
             if path.suffix in PICKLES:
@@ -59,22 +60,24 @@ class Tensors(Mapping[str, Tensor]):
                 raise UserError(f"{path} {f'cannot be read: {error}' if isinstance(error, OSError) else broken}") from None
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
             self.metadata |= header.pop("__metadata__", None) or {}
+            begin = file.tell()
             for name, x in header.items():
                 if x["dtype"] not in DTYPES:
                     raise UserError(f"{path}: {name} is stored as {x['dtype']}; supported: {', '.join(DTYPES)}")
-                start, end = (file.tell() + offset for offset in x["data_offsets"])
-                self._places[name] = (file, start // self.PART), start, end
+                number, offset = divmod(begin + x["data_offsets"][0], self.PART)
+                end = begin + x["data_offsets"][1] - number * self.PART
+                self._places[name] = (file, number), offset
+                self._ends[file, number] = max(end, self._ends.get((file, number), 0))
                 self.meta[name] = torch.empty(x["shape"], dtype=DTYPES[x["dtype"]], device="meta")
 
     def __getitem__(self, name: str) -> Tensor:
-        (part, start, _), like = self._places[name], self.meta[name]
+        (part, offset), like = self._places[name], self.meta[name]
         if not like.numel():
             return torch.empty_like(like, device="cpu")
-        file, first = part[0], part[1] * self.PART
         if (pages := self._mapped.get(part)) is None:
-            last = max(end for place, _, end in self._places.values() if place == part)
-            pages = self._mapped[part] = mmap.mmap(file.fileno(), last - first, access=mmap.ACCESS_COPY, offset=first)
-        return torch.frombuffer(pages, dtype=like.dtype, count=like.numel(), offset=start - first).view(like.shape)
+            where = dict(access=mmap.ACCESS_COPY, offset=part[1] * self.PART)
+            pages = self._mapped[part] = mmap.mmap(part[0].fileno(), self._ends[part], **where)
+        return torch.frombuffer(pages, dtype=like.dtype, count=like.numel(), offset=offset).view(like.shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
