@@ -20,40 +20,22 @@ from minibooth.dreambooth.settings import Settings
 from minibooth.dreambooth.trainer import Trainer
 
 # The run on the repository's own small model, where neither a model nor photographs are named.
-EMBEDDED: dict[str, typing.Any] = {
-    "pretrained_model_name_or_path": str(WEIGHTS / "tiny"),
-    "instance_data_dir": str(WEIGHTS / "subject" / "robot"),
-    "instance_prompt": "a photo of a zwx robot",
-    "class_prompt": "a photo of a robot",
-    "with_prior_preservation": True,
-    "num_class_images": 24,
-    "sample_batch_size": 16,
-    "class_guidance_scale": 3.0,
-    "resolution": 64,
-    "train_text_encoder": True,
-    "max_train_steps": 240,
-    "learning_rate": 6e-4,
-    "text_encoder_lr": 1.2e-3,
-    "lr_scheduler": "linear",
-    "lr_warmup_steps": 0,
-    "validation_prompt": "a photo of a zwx robot in the snow | a photo of a zwx robot wearing a crown in the forest | "
+EMBEDDED: dict[str, typing.Any] = dict(
+    pretrained_model_name_or_path=str(WEIGHTS / "tiny"), upscaler=str(WEIGHTS / "tiny-x4"),
+    instance_data_dir=str(WEIGHTS / "subject" / "robot"), instance_prompt="a photo of a zwx robot", resolution=64, seed=0,
+    class_prompt="a photo of a robot", with_prior_preservation=True, num_class_images=24, sample_batch_size=16,
+    class_guidance_scale=3.0, train_text_encoder=True, learning_rate=6e-4, text_encoder_lr=1.2e-3,
+    max_train_steps=240, lr_scheduler="linear", lr_warmup_steps=0,
+    validation_prompt="a photo of a zwx robot in the snow | a photo of a zwx robot wearing a crown in the forest | "
     "a photo of a zwx robot with a balloon at night | a photo of a red zwx robot on the moon",
-    "validation_guidance_scale": 4.0,
-    "validation_steps": 120,
-    "metrics_model": str(WEIGHTS / "tiny-clip"),
-    "upscaler": str(WEIGHTS / "tiny-x4"),
-    "seed": 0,
-}
+    validation_guidance_scale=4.0, validation_steps=120, metrics_model=str(WEIGHTS / "tiny-clip"),
+)  # fmt: skip
 # What is otherwise with --rank, where nobody said so: attention alone learns no marks here.
-LORA: dict[str, typing.Any] = {"lora_targets": "all", "learning_rate": 3e-3, "text_encoder_lr": 3e-3}
-SECOND: dict[str, typing.Any] = {  # what is otherwise in its second step, where nobody said so
-    "max_train_steps": 160,
-    "learning_rate": 3e-4,
-    "lr_scheduler": "constant",
-    "num_validation_images": 3,
-    "validation_steps": 160,
-    "validation_guidance_scale": 1.0,
-}
+LORA: dict[str, typing.Any] = dict(lora_targets="all", learning_rate=3e-3, text_encoder_lr=3e-3)
+SECOND: dict[str, typing.Any] = dict(  # what is otherwise in its second step, where nobody said so
+    max_train_steps=160, learning_rate=3e-4, lr_scheduler="constant", num_validation_images=3, validation_steps=160,
+    validation_guidance_scale=1.0,
+)  # fmt: skip
 ALIASES = {"tokenizer": ("--tokenizer_name",)}  # as train_dreambooth.py has it
 EPILOGUE = "The flags are those of diffusers' train_dreambooth.py, with its spelling (- and _ are alike) and its defaults."
 

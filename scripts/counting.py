@@ -115,7 +115,9 @@ def floor(s: Settings, dtype: torch.dtype) -> dict[str, Any]:
         step(s, found)
     counted = {str(name): flop for name, flop in counter.get_flop_counts()["Global"].items()}
     trained = sum(p.numel() for network in found.values() for p in network.parameters() if p.requires_grad)
-    rate = rates(s.device or "cpu", dtype, s.train_batch_size * (1 + s.with_prior_preservation), s.resolution // 8)
+    rows, side = s.train_batch_size * (1 + s.with_prior_preservation), s.resolution // 8
+    either = [rates(s.device or "cpu", each, rows, side) for each in {dtype, torch.float32}]  # a CPU may do bf16 in fp32
+    rate = {name: max(found[name] for found in either) for name in either[0]}
     convolutions, total = sum(flop for name, flop in counted.items() if "convolution" in name), sum(counted.values())
     parts = {"convolution": convolutions, "matmul": total - convolutions, "copy": 28 * trained}
     least = sum(amount / rate[name] for name, amount in parts.items())

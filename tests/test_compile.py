@@ -178,7 +178,7 @@ def test_blocks_that_are_alike_are_compiled_once(recomputed, tmp_path, monkeypat
         unet = UNet(UNetConfig(cross_attention_dim=768))
         if recomputed:
             recompute_activations(unet)
-        speed.blocks(unet)
+        speed.compile_blocks(unet)
         unet(torch.empty(8, 4, 64, 64), torch.empty(8, dtype=torch.long), torch.empty(8, 77, 768)).sum().backward()
     assert len([part for part in unet.modules() if isinstance(part, BLOCKS)]) == 38
     assert len(graphs) == 18

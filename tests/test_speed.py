@@ -4,18 +4,22 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from comparing import error, normals
 from torch import nn
 
 from minibooth.dreambooth import speed
+from minibooth.models import lora
+from minibooth.models.blocks import Attention
 
+attend = F.scaled_dot_product_attention
 CPU = torch.device("cpu")
 
 
 def suited(layers: nn.Module, dtype: torch.dtype):
     """A copy, with the same weights under the same names."""
     for seed, p in enumerate(layers.parameters()):
-        p.data = normals(*p.shape, seed=seed)
+        p.data = normals(*p.shape, seed=seed).to(p.dtype)
     ours = copy.deepcopy(layers)
     speed.suit(ours, CPU, dtype)
     assert ours.state_dict().keys() == layers.state_dict().keys()
@@ -35,7 +39,7 @@ def test_a_convolution_as_a_product_has_its_numbers(how, side, batch, monkeypatc
     expected = layer(x)
     with monkeypatch.context() as patch:
         if how[0] != how[1]:
-            patch.setattr(nn.Conv2d, "forward", None)
+            patch.setattr(F, "conv2d", None)
         y = ours(x)
     assert y.is_contiguous()
     found, wanted = (
@@ -43,6 +47,93 @@ def test_a_convolution_as_a_product_has_its_numbers(how, side, batch, monkeypatc
         for output, kind in ((y, ours), (expected, layer))
     )
     assert max(error(*pair) for pair in zip(found, wanted, strict=True)) < 1e-5
+
+
+LAYERS = {  # and the shape of what goes in
+    "linear": (lambda: nn.Linear(96, 80), (2, 3, 96)),
+    "without a bias": (lambda: nn.Linear(96, 80, bias=False), (5, 96)),
+    "1x1": (lambda: nn.Conv2d(96, 80, 1), (2, 96, 4, 4)),
+    "more weights than places": (lambda: nn.Conv2d(400, 300, 3, 2, 1), (1, 400, 5, 5)),
+    "more places than weights": (lambda: nn.Conv2d(24, 16, 3, 1, 1), (2, 24, 6, 6)),
+}
+
+
+def results(layer, x, grad):
+    """What a layer makes of x, under autocast if that is in bf16, and the gradients of x and of what trains."""
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=x.dtype == torch.bfloat16):
+        y = layer(x)
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    return [y.detach(), *torch.autograd.grad(y, [x, *trained], grad.to(y.dtype))]
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LAYERS)
+def test_without_units_for_bf16_sums_are_in_fp32(name, weights, monkeypatch):
+    """Of bf16 numbers and of weights as they are: nothing but what comes out is rounded."""
+    monkeypatch.setattr(speed, "bf16_units", lambda: False)
+    make, shape = LAYERS[name]
+    layer = make().to(weights)
+    ours, plain, x = suited(layer, torch.bfloat16), layer.float(), normals(*shape).bfloat16()
+    grad = normals(*plain(x.float()).shape).bfloat16()
+    (y, *found), (expected, *wanted) = results(ours, x, grad), results(plain, x.float(), grad)
+    assert y.dtype == torch.bfloat16
+    assert (y == expected.bfloat16()).float().mean() > 0.99  # a sum in another order can lie beyond the middle
+    for one, other in zip(found, wanted, strict=True):
+        assert error(one.float(), other.to(one.dtype).float()) < (1e-5 if one.dtype == torch.float32 else 2**-7)
+    assert [one.dtype for one in found] == [torch.bfloat16, *(p.dtype for p in ours.parameters())]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_for_the_backward_pass_no_more_is_kept_than_it_needs(name, frozen, monkeypatch):
+    """What came in, in bf16, where weights train; and the weights themselves."""
+    monkeypatch.setattr(speed, "bf16_units", lambda: False)
+    make, shape = LAYERS[name]
+    layer, kept = suited(make().bfloat16(), torch.bfloat16).requires_grad_(not frozen), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        layer(normals(*shape).bfloat16().requires_grad_())
+    others = [x for x in kept if x.untyped_storage().data_ptr() != layer.weight.untyped_storage().data_ptr()]
+    assert {x.dtype for x in kept} == {torch.bfloat16} and len(kept) - len(others) == 1 and len(others) == (not frozen)
+
+
+@pytest.mark.parametrize(
+    "make, shape", [(lambda: nn.Linear(96, 80), (5, 96)), (lambda: nn.Conv2d(24, 16, 3, 1, 1), (2, 24, 6, 6))]
+)
+def test_a_lora_works_beside_a_layer_in_fp32(make, shape, monkeypatch):
+    monkeypatch.setattr(speed, "bf16_units", lambda: False)
+    network = nn.ModuleDict({"up_blocks": nn.ModuleDict({"a": make()})}).bfloat16()
+    lora.attach(network, lora.fresh(network, "all", 4, 4.0, 0.0, torch.Generator().manual_seed(0)), torch.float32)
+    ours, plain = (x["up_blocks"]["a"].requires_grad_(False) for x in (suited(network, torch.bfloat16), network.float()))
+    assert isinstance(ours, lora.LoRA)
+    for layer in (ours, plain):
+        layer.adapters.requires_grad_()
+    x = normals(*shape).bfloat16()
+    grad = normals(*plain(x.float()).shape).bfloat16()
+    found, wanted = results(ours, x, grad), results(plain, x.float(), grad)
+    for one, other in zip(found, wanted, strict=True):
+        assert error(one.float(), other) < 2**-6
+
+
+def test_attention_without_units_for_bf16_is_in_fp32(monkeypatch):
+    monkeypatch.setattr(speed, "bf16_units", lambda: False)
+    plain = Attention(32, 4)
+    ours, seen = suited(plain, torch.bfloat16), []
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda q, k, v, **how: seen.append(q.dtype) or attend(q, k, v, **how)
+    )
+    x = normals(2, 6, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ours(x.bfloat16())
+    assert seen == [torch.float32] and y.dtype == torch.bfloat16
+    assert error(y.float(), plain(x)) < 2**-6
+
+
+def test_units_for_bf16_are_those_that_the_processor_names(monkeypatch):
+    for told, units in (({"avx512_bf16": False, "amx_bf16": True}, True), ({"bf16": True}, True), ({}, False),
+                        ({"avx512_f": True, "avx512_bf16": False, "cpu_name": "bf16"}, False)):  # fmt: skip
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda told=told: told)
+        assert speed.bf16_units() == units
 
 
 def test_norms_stay_in_their_inputs_precision():
@@ -63,9 +154,13 @@ def test_norms_stay_in_their_inputs_precision():
             assert p.grad.dtype == torch.float32 and error(p.grad, theirs.grad) < 2**-5
 
 
-def test_layers_change_only_where_that_was_seen_to_pay():
-    for device, dtype, changed in (("cpu", "float32", [True, False]), ("cpu", "bfloat16", [False, True]),
-                                   ("cuda", "float32", [False, False]), ("cuda", "bfloat16", [False, True])):  # fmt: skip
-        layers = nn.ModuleList([nn.Conv2d(1, 1, 1), nn.GroupNorm(1, 1)])
+def test_layers_change_only_where_that_was_seen_to_pay(monkeypatch):
+    for device, dtype, units, changed in (
+        ("cpu", "float32", False, [True, True, False]), ("cpu", "float32", True, [True, True, False]),
+        ("cpu", "bfloat16", False, [True, True, True]), ("cpu", "bfloat16", True, [False, False, True]),
+        ("cuda", "float32", False, [False, False, False]), ("cuda", "bfloat16", False, [False, False, True]),
+    ):  # fmt: skip
+        monkeypatch.setattr(speed, "bf16_units", lambda units=units: units)
+        layers = nn.ModuleList([nn.Conv2d(1, 1, 1), nn.Linear(1, 1), nn.GroupNorm(1, 1)])
         speed.suit(layers, torch.device(device), getattr(torch, dtype))
         assert [type(layer).__module__ == speed.__name__ for layer in layers] == changed

@@ -33,20 +33,14 @@ A DreamBooth fine-tune of `{model}`, made with minibooth. The prompt that calls 
 
 def model_card(settings: Settings, name: str) -> str:
     """README.md of the uploaded model."""
-    s = settings
-    model = s.pretrained_model_name_or_path
+    s, model = settings, settings.pretrained_model_name_or_path
+    here, what = Path(model).exists(), "A LoRA of the UNet" if s.rank else "The UNet"
     return CARD.format(
-        name=name,
-        base="" if Path(model).exists() else f"base_model: {model}\n",
-        model=Path(model).name if Path(model).exists() else model,
-        instance_prompt=s.instance_prompt,
-        quoted_prompt=json.dumps(s.instance_prompt),  # a YAML string too, whatever is in it
-        trained=("A LoRA of the UNet" if s.rank else "The UNet")
-        + (" and the text encoder were" if s.train_text_encoder else " was"),
-        resolution=s.resolution,
-        prior=" with prior preservation" if s.with_prior_preservation else "",
-        learning_rate=s.learning_rate,
-    )
+        name=name, base="" if here else f"base_model: {model}\n", model=Path(model).name if here else model,
+        instance_prompt=s.instance_prompt, quoted_prompt=json.dumps(s.instance_prompt),  # a YAML string too, whatever is in it
+        trained=what + (" and the text encoder were" if s.train_text_encoder else " was"), resolution=s.resolution,
+        prior=" with prior preservation" * s.with_prior_preservation, learning_rate=s.learning_rate,
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -75,8 +69,5 @@ def push(settings: Settings, repository: huggingface_hub.RepoUrl) -> None:
     with refusals(f"the model is in {folder}, but could not be uploaded"):
         files.write_text(folder / "README.md", model_card(settings, repository.repo_id))
         huggingface_hub.HfApi(token=settings.hub_token).upload_folder(
-            repo_id=repository.repo_id,
-            folder_path=folder,
-            commit_message="End of training",
-            ignore_patterns=[*NOT_UPLOADED],
+            repo_id=repository.repo_id, folder_path=folder, commit_message="End of training", ignore_patterns=[*NOT_UPLOADED]
         )

@@ -15,6 +15,7 @@ from minibooth.errors import UserError
 from minibooth.models.lora import TARGETS
 
 PRECISIONS, MIXED, FORMATS = ("no", "fp32", "fp16", "bf16"), ("no", "fp16", "bf16"), ("folder", "single")
+COMPILES = ("auto", "on", "off")
 MOST = {int: 2.0**53, float: 3e38}  # beyond, numbers run out
 
 
@@ -27,9 +28,7 @@ def flag(default: Any, help: str, **more: Any) -> Any:
 class Settings:
     """One run of python -m minibooth.train."""
 
-    pretrained_model_name_or_path: str = flag(
-        "", "a folder in the diffusers layout, a single .safetensors file, or owner/name on the hub"
-    )
+    pretrained_model_name_or_path: str = flag("", "a folder in the diffusers layout, a single file, or owner/name on the hub")
     revision: str | None = flag(None, "the hub's branch, tag or commit")
     variant: str | None = flag(None, "infix of the weight files to read, fp16 for instance")
     tokenizer: str | None = flag(None, "folder with CLIP's vocabulary, for a single file; tokenizer/ beside it, or the hub")
@@ -84,15 +83,9 @@ class Settings:
     snr_gamma: float | None = flag(None, "min-SNR weighting of the loss; 5.0 is usual")
     mixed_precision: str | None = flag(None, "autocast; weights stay in fp32, but for --full_bf16", choices=MIXED)
     allow_tf32: bool = flag(False, "TF32 matrix products on Ampere and later GPUs")
-    compile: str = flag(
-        "auto",
-        "auto: a GPU starts a step's kernels as one graph; on: the networks' blocks are compiled, too; off",
-        choices=("auto", "on", "off"),
-    )
+    compile: str = flag("auto", "auto: a GPU starts a step as one graph; on: blocks are compiled, too; off", choices=COMPILES)
     device: str | None = flag(None, "cuda, mps or cpu; the best there")
-    parallel: str | None = flag(
-        None, "for many processes (torchrun): all weights in each, or a shard of them; ddp", choices=("ddp", "fsdp")
-    )
+    parallel: str | None = flag(None, "for torchrun: all weights in each process, or a shard; ddp", choices=("ddp", "fsdp"))
     checkpointing_steps: int = flag(500, "steps between checkpoints")
     checkpoints_total_limit: int | None = flag(None, "keep this many, the newest")
     resume_from_checkpoint: str | None = flag(None, 'a checkpoint-N folder, or "latest"')
@@ -100,9 +93,7 @@ class Settings:
     num_validation_images: int = flag(4, "pictures of each grid")
     validation_guidance_scale: float = flag(7.5, "how strictly its pictures follow the prompt")
     validation_steps: int = flag(100, "steps between grids")
-    metrics_model: str | None = flag(
-        None, "a CLIP or DINO, folder or owner/name: with each grid, its figures of subject and class go to metrics.jsonl"
-    )
+    metrics_model: str | None = flag(None, "a CLIP or DINO, folder or owner/name; its figures of each grid go to metrics.jsonl")
     push_to_hub: bool = flag(False, "upload the result")
     hub_model_id: str | None = flag(None, "owner/name to upload to; the output folder's name")
     hub_token: str | None = flag(None, "the hub's token, if you are not logged in")

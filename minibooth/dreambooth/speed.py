@@ -2,11 +2,12 @@
 
 What is compiled are the networks' blocks: many are alike, and each kind is compiled once, and kept for a second run.
 
-Shapes: B batch, C channels in and O out, K = C times the kernel's size, L places of what comes out.
+Shapes: B batch, C channels in and O out, K = C times the kernel's size, L places of what comes out; M and N any numbers.
 """
 
 import functools
 import importlib.util
+import math
 import os
 import shutil
 from collections import Counter
@@ -17,9 +18,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from minibooth.dreambooth.parallel import BLOCKS
 from minibooth.dreambooth.settings import Settings
+from minibooth.models import blocks, ops
 
 MOST_KINDS = 256  # of blocks, by shapes and settings; SD 1 has 18, as many again to draw with, and for each size of a batch
 
@@ -47,7 +50,7 @@ def replayable(settings: Settings, device: torch.device) -> bool:
     return device.type == "cuda" and settings.compile != "off"
 
 
-def blocks(network: nn.Module) -> None:
+def compile_blocks(network: nn.Module) -> None:
     """Compile a network's blocks, in place."""
     torch._dynamo.config.recompile_limit = MOST_KINDS
     torch._dynamo.config.optimize_ddp = False  # which would cut them
@@ -56,24 +59,67 @@ def blocks(network: nn.Module) -> None:
             part.forward = torch.compile(part.forward, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
 
 
+class Product(torch.autograd.Function):
+    """a [M, K] @ b [N, K]^T, or with a window (stride, padding) the convolution of pictures b by kernels a. Sums are taken in
+    fp32, as units for bf16 take them; for the backward pass a and b are kept, as far as it needs them, in what they came in.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, window: tuple | None = None) -> Tensor:
+        of_a, of_b, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(a if of_b else None, b if of_a else None)
+        ctx.shapes, ctx.window = (a.shape, b.shape), window
+        with torch.autocast(a.device.type, enabled=False):
+            return F.conv2d(b.float(), a.float(), None, *window) if window else F.linear(a.float(), b.float())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (a, b), (of_a, of_b), window = ctx.saved_tensors, ctx.shapes, ctx.window
+        return (
+            None if b is None else conv2d_weight(b.float(), of_a, grad, *window) if window else grad @ b.float(),
+            None if a is None else conv2d_input(of_b, a.float(), grad, *window) if window else grad.T @ a.float(),
+            None,
+        )
+
+
+def rounded(y: Tensor, x: Tensor) -> Tensor:
+    """What a layer makes of x, in autocast's precision, or without it x's."""
+    kind = x.device.type
+    return y.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype)
+
+
+class Linear(nn.Linear):
+    """As a `Product`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = Product.apply(x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
+        return rounded(y if self.bias is None else y + self.bias, x)
+
+
 class Conv2d(nn.Conv2d):
-    """As a product [O, K] x [K, B L], where a CPU is faster with that: for 1x1, and for far more weights than places, which
-    PyTorch's own convolution brings into another order and back.
+    """As a `Product`, and one of matrices, [O, K] and [B L, K], where a CPU is faster with that: for 1x1, and for far more
+    weights than places, which PyTorch's own convolution brings into another order and back.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         pads: Any = self.padding
         sides = zip(x.shape[2:], pads, self.kernel_size, self.stride, strict=True)
         size = [(side + 2 * pad - kernel) // step + 1 for side, pad, kernel, step in sides]
-        if self.kernel_size == (1, 1):
-            columns = x.flatten(2)
-        elif self.in_channels * self.out_channels > 5000 * len(x) * size[0] * size[1]:
-            columns = F.unfold(x, self.kernel_size, padding=pads, stride=self.stride)
+        if (one := self.kernel_size == (1, 1)) or self.in_channels * self.out_channels > 5000 * len(x) * math.prod(size):
+            columns = x.flatten(2) if one else F.unfold(x, self.kernel_size, padding=pads, stride=self.stride)
+            y = Product.apply(self.weight.flatten(1), columns.transpose(0, 1).flatten(1).T)
+            y = y.view(-1, len(x), *size).transpose(0, 1)
         else:
-            return super().forward(x)
-        y = self.weight.flatten(1) @ columns.transpose(0, 1).flatten(1)
-        y = y if self.bias is None else y + self.bias[:, None]
-        return y.view(-1, len(x), *size).transpose(0, 1).contiguous()
+            y = Product.apply(self.weight, x, (self.stride, pads))
+        return rounded(y if self.bias is None else y + self.bias[:, None, None], x).contiguous()
+
+
+class Attention(blocks.Attention):
+    """In fp32."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.autocast(q.device.type, enabled=False):
+            return ops.attention(q, k, v, self.heads, upcast=True)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -94,15 +140,29 @@ class LayerNorm(nn.LayerNorm):
             return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
-PRODUCTS: dict[type, type] = {nn.Conv2d: Conv2d}
+IN_FP32: dict[type, type] = {nn.Conv2d: Conv2d, nn.Linear: Linear, blocks.Attention: Attention}
 AS_GIVEN: dict[type, type] = {nn.GroupNorm: GroupNorm, nn.LayerNorm: LayerNorm}
+
+
+def bf16_units() -> bool:
+    """Whether the processor multiplies bf16 itself. Where it does not, PyTorch takes four times as long for it as for fp32."""
+    return any(has for name, has in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
+
+
+@functools.cache
+def faster(kind: Any, fast: Any) -> Any:
+    """A layer's class with what it builds on made `fast`."""
+    return fast if kind in fast.__bases__ else type(kind.__name__, (kind, fast), {})
 
 
 def suit(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Have a network's layers compute as the device is fastest at, in fp32 or under autocast to `dtype`."""
-    kinds = AS_GIVEN if dtype != torch.float32 else PRODUCTS if device.type == "cpu" else {}
+    kinds = AS_GIVEN if dtype != torch.float32 else {}
+    if device.type == "cpu" and (dtype == torch.float32 or not bf16_units()):
+        kinds = kinds | IN_FP32
     for layer in network.modules():
-        layer.__class__ = kinds.get(type(layer), type(layer))
+        for plain in filter(functools.partial(isinstance, layer), kinds):
+            layer.__class__ = faster(type(layer), kinds[plain])  # type: ignore[arg-type]
 
 
 def channels_last(network: nn.Module, device: torch.device) -> None:
@@ -113,10 +173,11 @@ def channels_last(network: nn.Module, device: torch.device) -> None:
 
 def draw_faster(pipe: Any, settings: Settings, device: torch.device) -> None:
     """Have a pipeline draw in a `Graph`, compiled, where that is wanted."""
-    channels_last(pipe.unet, device)
-    channels_last(pipe.vae, device)
+    for network in (pipe.unet, pipe.vae):
+        suit(network, device, pipe.dtype)
+        channels_last(network, device)
     if compilable(settings, device):
-        blocks(pipe.unet)
+        compile_blocks(pipe.unet)
     if replayable(settings, device):
         pipe.unet.forward = Graph(pipe.unet.forward)
 

@@ -142,7 +142,7 @@ class Trainer:
             self.optimizer.compile()
         if self.settings.compile == "on":
             for network in self.trained.values():
-                speed.blocks(network)
+                speed.compile_blocks(network)
 
     @torch.no_grad()
     def encode(self) -> None:
@@ -174,10 +174,7 @@ class Trainer:
             self.validate(0)
         self.report()
         often = 0.1 if sys.stderr.isatty() else 10
-        with (
-            interrupts() as interrupted,
-            tqdm(total=self.steps, initial=self.start, mininterval=often, desc="training") as bar,
-        ):
+        with interrupts() as interrupted, tqdm(total=self.steps, initial=self.start, mininterval=often, desc="training") as bar:
             for step in range(self.start, self.steps):
                 began = time.perf_counter()
                 rates = self.set_learning_rates(step)

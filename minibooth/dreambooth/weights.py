@@ -73,8 +73,7 @@ class Weights:
                 lora.attach(network.train(), self.lora[name], kept)
             elif full and self.resumed:
                 network.load_state_dict(dict(self.saved(name)))
-            if trains:
-                speed.suit(network, device, dtype)
+            speed.suit(network, device, dtype)
             if trains and self.settings.gradient_checkpointing:
                 recompute_activations(network, dropout=self.settings.lora_dropout > 0)
 

@@ -51,7 +51,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
-        return self.to_out[0](ops.attention(q, k, v, self.heads, upcast=self.upcast))
+        return self.to_out[0](self.attend(q, k, v))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[B, N, D] of queries, keys and values."""
+        return ops.attention(q, k, v, self.heads, upcast=self.upcast)
 
 
 class SpatialAttention(Attention):
