@@ -17,6 +17,7 @@ from minibooth.diffusion import load
 from minibooth.diffusion.images import save_png
 from minibooth.diffusion.pipeline import Pipeline
 from minibooth.diffusion.samplers import SAMPLERS
+from minibooth.dreambooth import speed
 from minibooth.errors import UserError
 
 # The samplers as AUTOMATIC1111's web interface calls them, which reads a picture's settings from its "parameters".
@@ -76,6 +77,8 @@ def open_other(
     pipe = load(model, dtype, device, flags.variant, tokenizer=flags.tokenizer, wanted=wanted, **how)
     for lora, weight in loras:
         pipe.load_lora(lora, weight)
+    for network in pipe.networks.values():
+        speed.suit(network, device, dtype)
     return pipe
 
 

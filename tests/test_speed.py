@@ -1,13 +1,16 @@
 """Layers as a device likes them give the numbers they had."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
 from comparing import error, normals
+from small_run import small, tiny, trainer
 from torch import nn
 
+from minibooth import generate
 from minibooth.dreambooth import speed
 from minibooth.models import lora
 from minibooth.models.blocks import Attention
@@ -164,3 +167,16 @@ def test_layers_change_only_where_that_was_seen_to_pay(monkeypatch):
         layers = nn.ModuleList([nn.Conv2d(1, 1, 1), nn.Linear(1, 1), nn.GroupNorm(1, 1)])
         speed.suit(layers, torch.device(device), getattr(torch, dtype))
         assert [type(layer).__module__ == speed.__name__ for layer in layers] == changed
+
+
+def test_all_networks_that_train_or_draw_are_suited(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(speed, "suit", lambda network, device, dtype: seen.append((type(network).__name__, dtype)))
+    of_class = dict(with_prior_preservation=True, class_prompt="a dog", num_class_images=1)
+    trainer(small(tmp_path, **of_class), torch.bfloat16).prepare()
+    generate.main(
+        ["--prompt", "a dog", "--model", str(tiny()), "--output_dir", str(tmp_path / "drawn"), "--steps=1", "--device=cpu"]
+    )
+    drawing, all_three = ["UNet", "VAE"], ["CLIPText", "UNet", "VAE"]
+    wanted = [*((name, torch.float32) for name in drawing), *((name, torch.bfloat16) for name in all_three)]
+    assert Counter(seen) == Counter([*wanted, *((name, torch.float32) for name in all_three)])

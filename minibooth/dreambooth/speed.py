@@ -156,7 +156,7 @@ def faster(kind: Any, fast: Any) -> Any:
 
 
 def suit(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Have a network's layers compute as the device is fastest at, in fp32 or under autocast to `dtype`."""
+    """Have a network's layers compute as the device is fastest at, in `dtype` or under autocast to it."""
     kinds = AS_GIVEN if dtype != torch.float32 else {}
     if device.type == "cpu" and (dtype == torch.float32 or not bf16_units()):
         kinds = kinds | IN_FP32
