@@ -59,9 +59,14 @@ def compile_blocks(network: nn.Module) -> None:
             part.forward = torch.compile(part.forward, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
 
 
+def product(a: Tensor, b: Tensor, window: tuple | None = None) -> Tensor:
+    """a [M, K] @ b [N, K]^T, or with a window (stride, padding) the convolution of pictures b by kernels a."""
+    return F.conv2d(b, a, None, *window) if window else F.linear(a, b)
+
+
 class Product(torch.autograd.Function):
-    """a [M, K] @ b [N, K]^T, or with a window (stride, padding) the convolution of pictures b by kernels a. Sums are taken in
-    fp32, as units for bf16 take them; for the backward pass a and b are kept, as far as it needs them, in what they came in.
+    """A `product` in fp32, as units for bf16 take their sums; for the backward pass a and b are kept, as far as it needs them,
+    in what they came in.
     """
 
     @staticmethod
@@ -70,22 +75,20 @@ class Product(torch.autograd.Function):
         ctx.save_for_backward(a if of_b else None, b if of_a else None)
         ctx.shapes, ctx.window = (a.shape, b.shape), window
         with torch.autocast(a.device.type, enabled=False):
-            return F.conv2d(b.float(), a.float(), None, *window) if window else F.linear(a.float(), b.float())
+            return product(a.float(), b.float(), window)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (a, b), (of_a, of_b), window = ctx.saved_tensors, ctx.shapes, ctx.window
-        return (
-            None if b is None else conv2d_weight(b.float(), of_a, grad, *window) if window else grad @ b.float(),
-            None if a is None else conv2d_input(of_b, a.float(), grad, *window) if window else grad.T @ a.float(),
-            None,
-        )
+        (a, b), shapes, window = ctx.saved_tensors, ctx.shapes, ctx.window
+        of_a = None if b is None else conv2d_weight(b.float(), shapes[0], grad, *window) if window else grad @ b.float()
+        of_b = None if a is None else conv2d_input(shapes[1], a.float(), grad, *window) if window else grad.T @ a.float()
+        return of_a, of_b, None
 
 
-def rounded(y: Tensor, x: Tensor) -> Tensor:
-    """What a layer makes of x, in autocast's precision, or without it x's."""
+def wanted(x: Tensor) -> torch.dtype:
+    """What a layer's result is to be in: autocast's precision, or without it x's."""
     kind = x.device.type
-    return y.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype)
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class Linear(nn.Linear):
@@ -93,25 +96,26 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = Product.apply(x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
-        return rounded(y if self.bias is None else y + self.bias, x)
+        return (y if self.bias is None else y + self.bias).to(wanted(x))
 
 
 class Conv2d(nn.Conv2d):
-    """As a `Product`, and one of matrices, [O, K] and [B L, K], where a CPU is faster with that: for 1x1, and for far more
-    weights than places, which PyTorch's own convolution brings into another order and back.
+    """As a `Product` where not all is in fp32; and one of matrices, [O, K] and [B L, K], where a CPU is faster with that: for
+    1x1, and for far more weights than places, which PyTorch's own convolution brings into another order and back.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         pads: Any = self.padding
         sides = zip(x.shape[2:], pads, self.kernel_size, self.stride, strict=True)
         size = [(side + 2 * pad - kernel) // step + 1 for side, pad, kernel, step in sides]
+        multiply = product if wanted(x) == torch.float32 else Product.apply
         if (one := self.kernel_size == (1, 1)) or self.in_channels * self.out_channels > 5000 * len(x) * math.prod(size):
             columns = x.flatten(2) if one else F.unfold(x, self.kernel_size, padding=pads, stride=self.stride)
-            y = Product.apply(self.weight.flatten(1), columns.transpose(0, 1).flatten(1).T)
+            y = multiply(self.weight.flatten(1), columns.transpose(0, 1).flatten(1).T)
             y = y.view(-1, len(x), *size).transpose(0, 1)
         else:
-            y = Product.apply(self.weight, x, (self.stride, pads))
-        return rounded(y if self.bias is None else y + self.bias[:, None, None], x).contiguous()
+            y = multiply(self.weight, x, (self.stride, pads))
+        return (y if self.bias is None else y + self.bias[:, None, None]).to(wanted(x)).contiguous()
 
 
 class Attention(blocks.Attention):
@@ -140,7 +144,8 @@ class LayerNorm(nn.LayerNorm):
             return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
-IN_FP32: dict[type, type] = {nn.Conv2d: Conv2d, nn.Linear: Linear, blocks.Attention: Attention}
+PRODUCTS: dict[type, type] = {nn.Conv2d: Conv2d}
+IN_FP32: dict[type, type] = PRODUCTS | {nn.Linear: Linear, blocks.Attention: Attention}
 AS_GIVEN: dict[type, type] = {nn.GroupNorm: GroupNorm, nn.LayerNorm: LayerNorm}
 
 
@@ -157,9 +162,8 @@ def faster(kind: Any, fast: Any) -> Any:
 
 def suit(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Have a network's layers compute as the device is fastest at, in `dtype` or under autocast to it."""
-    kinds = AS_GIVEN if dtype != torch.float32 else {}
-    if device.type == "cpu" and (dtype == torch.float32 or not bf16_units()):
-        kinds = kinds | IN_FP32
+    cpu, half = device.type == "cpu", dtype != torch.float32
+    kinds = AS_GIVEN | IN_FP32 if cpu and half and not bf16_units() else AS_GIVEN if half else PRODUCTS if cpu else {}
     for layer in network.modules():
         for plain in filter(functools.partial(isinstance, layer), kinds):
             layer.__class__ = faster(type(layer), kinds[plain])  # type: ignore[arg-type]
