@@ -21,14 +21,13 @@ from minibooth.dreambooth.trainer import Trainer
 
 # The run on the repository's own small model, where neither a model nor photographs are named.
 EMBEDDED: dict[str, typing.Any] = dict(
-    pretrained_model_name_or_path=str(WEIGHTS / "tiny"), upscaler=str(WEIGHTS / "tiny-x4"),
-    instance_data_dir=str(WEIGHTS / "subject" / "robot"), instance_prompt="a photo of a zwx robot", resolution=64, seed=0,
+    pretrained_model_name_or_path=str(WEIGHTS / "tiny"), upscaler=str(WEIGHTS / "tiny-x4"), resolution=64, seed=0,
+    instance_data_dir=str(WEIGHTS / "subject" / "robot"), instance_prompt="a photo of a zwx robot", train_text_encoder=True,
     class_prompt="a photo of a robot", with_prior_preservation=True, num_class_images=24, sample_batch_size=16,
-    class_guidance_scale=3.0, train_text_encoder=True, learning_rate=6e-4, text_encoder_lr=1.2e-3,
-    max_train_steps=240, lr_scheduler="linear", lr_warmup_steps=0,
+    class_guidance_scale=3.0, learning_rate=6e-4, text_encoder_lr=1.2e-3, lr_scheduler="linear", lr_warmup_steps=0,
     validation_prompt="a photo of a zwx robot in the snow | a photo of a zwx robot wearing a crown in the forest | "
     "a photo of a zwx robot with a balloon at night | a photo of a red zwx robot on the moon",
-    validation_guidance_scale=4.0, validation_steps=120, metrics_model=str(WEIGHTS / "tiny-clip"),
+    validation_guidance_scale=4.0, validation_steps=120, max_train_steps=240, metrics_model=str(WEIGHTS / "tiny-clip"),
 )  # fmt: skip
 # What is otherwise with --rank, where nobody said so: attention alone learns no marks here.
 LORA: dict[str, typing.Any] = dict(lora_targets="all", learning_rate=3e-3, text_encoder_lr=3e-3)

@@ -52,6 +52,15 @@ def test_a_convolution_as_a_product_has_its_numbers(how, side, batch, monkeypatc
     assert max(error(*pair) for pair in zip(found, wanted, strict=True)) < 1e-5
 
 
+@pytest.mark.parametrize("how, side", [((8, 24, 1), 6), ((400, 300, 3, 1, 1), 2), ((8, 8, 3, 1, 1), 6)])
+def test_in_fp32_drawing_changes_no_bit(how, side):
+    layer = nn.Conv2d(*how)
+    ours, x = suited(layer, torch.float32), normals(2, how[0], side, side)
+    speed.suit(ours, CPU, torch.float32)  # a second time changes nothing more
+    with torch.no_grad():
+        assert torch.equal(ours(x), layer(x))
+
+
 LAYERS = {  # and the shape of what goes in
     "linear": (lambda: nn.Linear(96, 80), (2, 3, 96)),
     "without a bias": (lambda: nn.Linear(96, 80, bias=False), (5, 96)),

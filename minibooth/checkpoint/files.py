@@ -75,8 +75,8 @@ class Tensors(Mapping[str, Tensor]):
         if not like.numel():
             return torch.empty_like(like, device="cpu")
         if (pages := self._mapped.get(part)) is None:
-            where = dict(access=mmap.ACCESS_COPY, offset=part[1] * self.PART)
-            pages = self._mapped[part] = mmap.mmap(part[0].fileno(), self._ends[part], **where)
+            file, start = part[0].fileno(), part[1] * self.PART
+            pages = self._mapped[part] = mmap.mmap(file, self._ends[part], access=mmap.ACCESS_COPY, offset=start)
         return torch.frombuffer(pages, dtype=like.dtype, count=like.numel(), offset=offset).view(like.shape)
 
     def __iter__(self) -> Iterator[str]:

@@ -59,14 +59,9 @@ def compile_blocks(network: nn.Module) -> None:
             part.forward = torch.compile(part.forward, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
 
 
-def product(a: Tensor, b: Tensor, window: tuple | None = None) -> Tensor:
-    """a [M, K] @ b [N, K]^T, or with a window (stride, padding) the convolution of pictures b by kernels a."""
-    return F.conv2d(b, a, None, *window) if window else F.linear(a, b)
-
-
 class Product(torch.autograd.Function):
-    """A `product` in fp32, as units for bf16 take their sums; for the backward pass a and b are kept, as far as it needs them,
-    in what they came in.
+    """a [M, K] @ b [N, K]^T, or with a window (stride, padding) the convolution of pictures b by kernels a. Sums are taken in
+    fp32, as units for bf16 take them; for the backward pass a and b are kept, as far as it needs them, in what they came in.
     """
 
     @staticmethod
@@ -75,7 +70,7 @@ class Product(torch.autograd.Function):
         ctx.save_for_backward(a if of_b else None, b if of_a else None)
         ctx.shapes, ctx.window = (a.shape, b.shape), window
         with torch.autocast(a.device.type, enabled=False):
-            return product(a.float(), b.float(), window)
+            return F.conv2d(b.float(), a.float(), None, *window) if window else F.linear(a.float(), b.float())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -86,9 +81,8 @@ class Product(torch.autograd.Function):
 
 
 def wanted(x: Tensor) -> torch.dtype:
-    """What a layer's result is to be in: autocast's precision, or without it x's."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    """What a layer's result on a CPU is to be in: autocast's precision, or without it x's."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
 class Linear(nn.Linear):
@@ -100,21 +94,25 @@ class Linear(nn.Linear):
 
 
 class Conv2d(nn.Conv2d):
-    """As a `Product` where not all is in fp32; and one of matrices, [O, K] and [B L, K], where a CPU is faster with that: for
-    1x1, and for far more weights than places, which PyTorch's own convolution brings into another order and back.
+    """As a product of matrices, [O, K] and [B L, K], where a CPU is faster with that: for 1x1, and for far more weights than
+    places, which PyTorch's own convolution brings into another order and back. In fp32 only the backward pass is much faster,
+    and without one nothing changes; otherwise all is a `Product`.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         pads: Any = self.padding
         sides = zip(x.shape[2:], pads, self.kernel_size, self.stride, strict=True)
         size = [(side + 2 * pad - kernel) // step + 1 for side, pad, kernel, step in sides]
-        multiply = product if wanted(x) == torch.float32 else Product.apply
-        if (one := self.kernel_size == (1, 1)) or self.in_channels * self.out_channels > 5000 * len(x) * math.prod(size):
+        half, one = wanted(x) != torch.float32, self.kernel_size == (1, 1)
+        matrices = one or self.in_channels * self.out_channels > 5000 * len(x) * math.prod(size)
+        if matrices and (half or torch.is_grad_enabled()):
             columns = x.flatten(2) if one else F.unfold(x, self.kernel_size, padding=pads, stride=self.stride)
-            y = multiply(self.weight.flatten(1), columns.transpose(0, 1).flatten(1).T)
+            y = (Product.apply if half else F.linear)(self.weight.flatten(1), columns.transpose(0, 1).flatten(1).T)
             y = y.view(-1, len(x), *size).transpose(0, 1)
+        elif half:
+            y = Product.apply(self.weight, x, (self.stride, pads))
         else:
-            y = multiply(self.weight, x, (self.stride, pads))
+            return super().forward(x)
         return (y if self.bias is None else y + self.bias[:, None, None]).to(wanted(x)).contiguous()
 
 
@@ -162,11 +160,13 @@ def faster(kind: Any, fast: Any) -> Any:
 
 def suit(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Have a network's layers compute as the device is fastest at, in `dtype` or under autocast to it."""
-    cpu, half = device.type == "cpu", dtype != torch.float32
-    kinds = AS_GIVEN | IN_FP32 if cpu and half and not bf16_units() else AS_GIVEN if half else PRODUCTS if cpu else {}
+    kinds = AS_GIVEN if dtype != torch.float32 else {}
+    if device.type == "cpu":
+        kinds = kinds | (PRODUCTS if dtype == torch.float32 else {} if bf16_units() else IN_FP32)
     for layer in network.modules():
-        for plain in filter(functools.partial(isinstance, layer), kinds):
-            layer.__class__ = faster(type(layer), kinds[plain])  # type: ignore[arg-type]
+        for plain, fast in kinds.items():
+            if isinstance(layer, plain) and not isinstance(layer, fast):
+                layer.__class__ = faster(type(layer), fast)  # type: ignore[arg-type]
 
 
 def channels_last(network: nn.Module, device: torch.device) -> None:
