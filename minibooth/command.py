@@ -22,14 +22,16 @@ M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # malloc.h
 MEMORY = re.compile("MemoryError|out of memory|allocate memory|ALLOC_FAILED")  # as Python, PyTorch and cuBLAS say it
 
 
-def ready_cpu() -> None:
-    """Settings that make PyTorch faster on a CPU. Before the first operation: threads that are there already do not get them.
+def ready_torch() -> None:
+    """Settings that make PyTorch faster and leaner. Before the first operation: threads that are there already do not get them.
 
     Large tensors lie in huge pages, which fault less, and what is free is kept for the next ones, where the C library can:
     a step of Stable Diffusion's UNet takes 0.87 of its time. Numbers below 1e-38, of which the gradients of attention are
     full and with which products take ten times as long, count as zero: a step of the tiny model takes 0.6 to 0.75.
+    A GPU's memory is mapped as it is needed, without gaps: of SDXL's weights and moments 0.15 GiB less, and 4 held in reserve.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"))
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):  # glibc's
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
@@ -60,7 +62,7 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> NoReturn:
 
     Ctrl-C ends in status 130, SIGTERM in 143, and nobody to read what is printed in 141, as in other programs.
     """
-    ready_cpu()
+    ready_torch()
     ready_process()
     try:
         main(argv[1:])

@@ -41,7 +41,7 @@ from world import ACCESSORIES, CLASSES, PHOTOGRAPHED, PLACES, SUBJECTS
 import minibooth
 from minibooth.checkpoint.load import Source
 from minibooth.checkpoint.lora import DIFFUSERS
-from minibooth.command import ready_cpu
+from minibooth.command import ready_torch
 from minibooth.diffusion.images import grid, save_png, to_tensor
 from minibooth.diffusion.text_to_image import StableDiffusion
 from minibooth.dreambooth import prior
@@ -175,7 +175,7 @@ def run(
 
 def ready() -> None:
     """A worker before its first run."""
-    ready_cpu()
+    ready_torch()
     torch.set_num_threads(1)
 
 

@@ -213,7 +213,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     s, row, name, dtype = settings(job), shlex.split(job["row"])[0], parts(job["side"])[1], DTYPES[job["precision"]]
     pictures = {"pictures": s.train_batch_size * (1 + s.with_prior_preservation)} if row != "load" else {}
     if name == "ours":
-        command.ready_cpu()  # as python -m minibooth.train would
+        command.ready_torch()  # as python -m minibooth.train would
     if name == "floor":
         wait_for_turn()
         return counting.floor(s, dtype) | pictures
@@ -224,8 +224,8 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     wait_for_turn()
     taken = [counting.seconds(lambda n=n: step(n), job["device"]) for n in range(1, 1 + steps)]
     resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # as Linux counts it
-    memory = torch.cuda.max_memory_allocated() if job["device"] == "cuda" else resident
-    return {"seconds": taken, "first": first, "memory": memory} | pictures
+    gpu = {"memory": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+    return {"seconds": taken, "first": first, "memory": resident} | pictures | (gpu if job["device"] == "cuda" else {})
 
 
 def measure(jobs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

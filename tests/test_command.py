@@ -28,7 +28,7 @@ def test_commands_ask_for_huge_pages_unless_told_otherwise(monkeypatch):
 def test_memory_that_is_free_is_kept():
     """Where the system took it back, the next tensor would fault page by page."""
     lines = (
-        "command.ready_cpu()",
+        "command.ready_torch()",
         "held = lambda: int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize() >> 20",
         "before = held(); x = torch.ones(1 << 26); del x; print(held() - before)",
     )
@@ -39,7 +39,7 @@ def test_memory_that_is_free_is_kept():
 def test_numbers_too_small_to_be_normal_count_as_zero():
     """In every thread: products with them take ten times as long."""
     lines = (
-        "command.ready_cpu(); torch.set_num_threads(2)",
+        "command.ready_torch(); torch.set_num_threads(2)",
         "print((torch.full((1 << 20,), 1e-38) * 0.1).count_nonzero().item())",
     )
     words = [sys.executable, "-c", "; ".join(("import torch", "from minibooth import command", *lines))]

@@ -18,10 +18,10 @@ from minibooth.diffusion.scheduler import DDPMScheduler
 from minibooth.dreambooth import speed
 from minibooth.dreambooth.objective import dreambooth_loss
 from minibooth.dreambooth.optimizer import BLOCK, code, update
-from minibooth.dreambooth.parallel import BLOCKS
 from minibooth.dreambooth.settings import Settings
 from minibooth.dreambooth.weights import recompute_activations
 from minibooth.models import ops
+from minibooth.models.blocks import NormSiLU
 from minibooth.models.config import UNetConfig
 from minibooth.models.unet import UNet
 
@@ -44,7 +44,7 @@ def fresh(tmp_path_factory, monkeypatch):
 
 def norms(modules: nn.ModuleList, xs: list[Tensor], times: list[Tensor]) -> list[Tensor]:
     """GroupNorm and SiLU after the shift by an embedded time, at every shape."""
-    return [ops.norm_silu(norm, x + time[..., None, None]) for norm, x, time in zip(modules, xs, times, strict=True)]
+    return [norm(x + time[..., None, None]) for norm, x, time in zip(modules, xs, times, strict=True)]
 
 
 def noised(x0: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,12 +67,13 @@ def leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
 
 
 def of_norms(shapes) -> tuple:
-    modules = nn.ModuleList(nn.GroupNorm(32, channels) for channels, _ in shapes)
+    modules = nn.ModuleList(NormSiLU(32, channels) for channels, _ in shapes)
+    speed.suit(modules, torch.device("cpu"), torch.bfloat16)
     return modules, leaves(*((2, channels, side, side) for channels, side in shapes)), leaves(*((2, c) for c, _ in shapes))
 
 
 CASES = {  # an operation, its inputs, as Stable Diffusion has them and small ones, the most kernels forward and backward
-    "norm_silu": (norms, lambda: of_norms(SHAPES), lambda: of_norms([(64, 4), (96, 8)]), 6 * len(SHAPES), 8 * len(SHAPES)),
+    "norm_silu": (norms, lambda: of_norms(SHAPES), lambda: of_norms([(64, 4), (96, 8)]), 16 * len(SHAPES), 9 * len(SHAPES)),
     "geglu": (ops.geglu, lambda: leaves((2, 4096, 2560)), lambda: leaves((2, 8, 64)), 1, 1),
     "quick_gelu": (ops.quick_gelu, lambda: leaves((2, 77, 3072)), lambda: leaves((2, 7, 64)), 1, 1),
     "noised": (noised, lambda: normals(2, *LATENT), lambda: normals(2, 2, 4, 8, 8), 1, 0),
@@ -103,6 +104,24 @@ def test_an_operation_is_one_graph_of_few_kernels(name, monkeypatch):
     assert min(back, 1) <= metrics.generated_kernel_count - written <= back
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("channels, side", SHAPES[::4])
+def test_on_a_gpu_a_norm_is_few_kernels(channels, side):
+    """One for the means of channels, one for those of groups, one over the picture; back, one more. Nothing is copied."""
+    norm = nn.ModuleList([NormSiLU(32, channels).cuda()])
+    x = normals(2, channels, side, side).cuda().to(memory_format=torch.channels_last).requires_grad_()
+    wanted = norm[0](x)
+    gradient = torch.autograd.grad(wanted, x, torch.ones_like(x))
+    speed.suit(norm, x.device, torch.float32)
+    speed.compile_layers(norm)
+    found = norm[0](x)
+    forward = metrics.generated_kernel_count
+    assert error(torch.autograd.grad(found, x, torch.ones_like(x))[0], gradient[0]) < 1e-5
+    assert error(found, wanted) < 1e-5
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert (forward, metrics.generated_kernel_count - forward) == (3, 4)
+
+
 def test_operations_have_the_numbers_of_their_eager_forms():
     """All of them in one graph, values and gradients."""
     made = {name: small() for name, (_, _, small, *_) in CASES.items()}
@@ -126,8 +145,8 @@ def test_the_update_has_its_eager_numbers():
     """In bf16 with moments in 8 bits, where all of it is at work."""
 
     def run(kernel) -> list[Tensor]:
-        p, g = normals(4 * BLOCK).bfloat16(), normals(4 * BLOCK, seed=1).bfloat16()
-        moments = [(torch.zeros(4 * BLOCK, dtype=torch.uint8), torch.zeros(4), *code(signed)) for signed in (True, False)]
+        p, g = normals(4, BLOCK).bfloat16(), normals(4, BLOCK, seed=1).bfloat16()
+        moments = [(torch.zeros(4, BLOCK, dtype=torch.uint8), torch.zeros(4), *code(signed)) for signed in (True, False)]
         for step in range(1, 4):
             kernel(p, g, *moments, torch.tensor(float(step)), 1e-2 / step, 0.1, 0.9, 0.999, 1e-8, 7)
         return [p.float(), moments[0][1], moments[1][1]]
@@ -138,8 +157,8 @@ def test_the_update_has_its_eager_numbers():
 
 
 @pytest.mark.parametrize("kinds, close, more", [
-    (9, 1e-5, {}), (10, 1e-5, {"train_text_encoder": True, "gradient_checkpointing": True, "snr_gamma": 5.0}),
-    (9, 2e-3, {"mixed_precision": "bf16"}),
+    (13, 1e-5, {}), (14, 1e-5, {"train_text_encoder": True, "gradient_checkpointing": True, "snr_gamma": 5.0}),
+    (13, 2e-3, {"mixed_precision": "bf16"}),
 ])  # fmt: skip
 def test_a_compiled_run_is_the_eager_one(kinds, close, more, tmp_path, monkeypatch):
     """As graphs of PyTorch's own operations: no breaks, nothing compiled after the first step, files with the same names."""
@@ -165,8 +184,8 @@ def test_a_compiled_run_is_the_eager_one(kinds, close, more, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("recomputed", [False, True])
-def test_blocks_that_are_alike_are_compiled_once(recomputed, tmp_path, monkeypatch):
-    """Of the 38 in Stable Diffusion 1.4's UNet there are 18 kinds at 512 pixels."""
+def test_layers_that_are_alike_are_compiled_once(recomputed, tmp_path, monkeypatch):
+    """Of the 125 in Stable Diffusion 1.4's UNet there are 26 kinds at 512 pixels."""
     graphs: list[torch.fx.GraphModule] = []
 
     def count(graph, _):
@@ -176,12 +195,13 @@ def test_blocks_that_are_alike_are_compiled_once(recomputed, tmp_path, monkeypat
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=count))
     with torch.device("meta"):
         unet = UNet(UNetConfig(cross_attention_dim=768))
-        if recomputed:
-            recompute_activations(unet)
-        speed.compile_blocks(unet)
-        unet(torch.empty(8, 4, 64, 64), torch.empty(8, dtype=torch.long), torch.empty(8, 77, 768)).sum().backward()
-    assert len([part for part in unet.modules() if isinstance(part, BLOCKS)]) == 38
-    assert len(graphs) == 18
+        inputs = torch.empty(8, 4, 64, 64), torch.empty(8, dtype=torch.long), torch.empty(8, 77, 768)
+    if recomputed:
+        recompute_activations(unet)
+    speed.compile_layers(unet)
+    unet(*inputs).sum().backward()
+    assert len([layer for layer in unet.modules() if isinstance(layer, speed.FUSED)]) == 125
+    assert len(graphs) == 26
 
 
 def test_without_a_compiler_it_is_said_in_a_line(monkeypatch, capsys):

@@ -170,7 +170,7 @@ def test_layers_change_only_where_that_was_seen_to_pay(monkeypatch):
     for device, dtype, units, changed in (
         ("cpu", "float32", False, [True, False, False]), ("cpu", "float32", True, [True, False, False]),
         ("cpu", "bfloat16", False, [True, True, True]), ("cpu", "bfloat16", True, [False, False, True]),
-        ("cuda", "float32", False, [False, False, False]), ("cuda", "bfloat16", False, [False, False, True]),
+        ("cuda", "float32", False, [False, False, True]), ("cuda", "bfloat16", False, [False, False, True]),
     ):  # fmt: skip
         monkeypatch.setattr(speed, "bf16_units", lambda units=units: units)
         layers = nn.ModuleList([nn.Conv2d(1, 1, 1), nn.Linear(1, 1), nn.GroupNorm(1, 1)])

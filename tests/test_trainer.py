@@ -24,7 +24,9 @@ import minibooth
 from minibooth.dreambooth import optimizer, stages
 from minibooth.dreambooth import trainer as module
 from minibooth.dreambooth.settings import Settings
+from minibooth.dreambooth.weights import recompute_activations
 from minibooth.errors import UserError
+from minibooth.models.blocks import Block, ResnetBlock
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -353,6 +355,21 @@ def test_gradient_checkpointing_changes_memory_alone(tmp_path):
     expected, found = weights(train(plain)), weights(train(thrifty))
     assert expected.keys() == found.keys()
     assert max((expected[name] - found[name]).abs().max() for name in expected) < 1e-6
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_recomputed_what_a_block_is_joined_to_gets_a_gradient_of_its_own(trains):
+    """Not a view of that of both, which would be kept until the way down has come to it."""
+    block, kept = Block([ResnetBlock(16, 8, 4, 1e-6)]), []
+    recompute_activations(block)
+    x, skip = (torch.randn(1, 8, 4, 4).requires_grad_(wanted) for wanted in (True, trains))
+    pushed = skip * 1
+    if trains:
+        pushed.register_hook(lambda grad: kept.append((grad.nbytes, grad.untyped_storage().nbytes())))
+    block(x, pop=[pushed]).square().sum().backward()
+    assert kept == [(512, 512)] * trains
+    assert x.grad.any()
+    assert not trains or skip.grad.any()
 
 
 def test_an_update_in_the_backward_pass_changes_memory_alone(tmp_path):

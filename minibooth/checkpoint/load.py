@@ -96,15 +96,9 @@ class Source:
 
     @classmethod
     def open(
-        cls,
-        source: str | Path,
-        *,
-        variant: str | None = None,
-        revision: str | None = None,
-        tokenizer: str | Path | None = None,
-        ema: bool = False,
-        prediction_type: str | None = None,
-    ) -> "Source":
+        cls, source: str | Path, *, variant: str | None = None, revision: str | None = None,
+        tokenizer: str | Path | None = None, ema: bool = False, prediction_type: str | None = None,
+    ) -> "Source":  # fmt: skip
         """Open a folder in the diffusers layout, an LDM single file, or a hub repository, "owner/name".
 
         tokenizer: the folder to take the vocabulary from. ema: of a single file, the averaged weights. Raises UserError

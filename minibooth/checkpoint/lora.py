@@ -122,16 +122,12 @@ def write(folder: Path, name: str, adapters: Adapters, metadata: Mapping[str, st
 
     Not every reader of diffusers' layout knows an alpha, so there it is multiplied into lora_B and the same as the rank.
     """
-    theirs: dict[str, Tensor] = {}
-    kohya: dict[str, Tensor] = {}
+    theirs, kohya = dict[str, Tensor](), dict[str, Tensor]()
     for part, updates in adapters.items():
         prefix = PREFIXES[part]["text_encoder_2" in adapters and part == "text_encoder"]
         for layer, adapter in updates.items():
-            flat = f"{prefix}_{layer.replace('.', '_')}"
-            theirs |= {
-                f"{part}.{layer}.lora_A.weight": adapter.down,
-                f"{part}.{layer}.lora_B.weight": adapter.scale * adapter.up,
-            }
+            path, flat = f"{part}.{layer}.lora", f"{prefix}_{layer.replace('.', '_')}"
+            theirs |= {f"{path}_A.weight": adapter.down, f"{path}_B.weight": adapter.scale * adapter.up}
             kohya |= {f"{flat}.lora_down.weight": adapter.down, f"{flat}.lora_up.weight": adapter.up}
             kohya[f"{flat}.alpha"] = torch.tensor(float(adapter.alpha))
     files.write_weights(folder / DIFFUSERS, theirs)

@@ -35,10 +35,8 @@ def find_pictures(folder: Path) -> tuple[list[Path], list[Path]]:
     """
     if not folder.is_dir():
         raise UserError(f"no such folder of pictures: {folder}")
-    pictures: list[Path] = []
-    skipped: list[Path] = []
-    for path in sorted(folder.iterdir()):
-        (pictures if is_picture(path) else skipped).append(path)
+    there = {path: is_picture(path) for path in sorted(folder.iterdir())}
+    pictures, skipped = ([path for path, decodes in there.items() if decodes == wanted] for wanted in (True, False))
     if not pictures:
         raise UserError(f"no picture in {folder}: put JPEG or PNG files there")
     return pictures, skipped
@@ -85,14 +83,9 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def crop(
-    picture: Image.Image,
-    resolution: int,
-    center: bool,
-    flip: bool,
-    generator: torch.Generator,
-    interpolation: str = "lanczos",
-    resize: bool = True,
-) -> Crop:
+    picture: Image.Image, resolution: int, center: bool, flip: bool, generator: torch.Generator,
+    interpolation: str = "lanczos", resize: bool = True,
+) -> Crop:  # fmt: skip
     """Resize an RGB picture's short side to `resolution`, then cut a square out, at the centre or anywhere.
 
     Without `resize` the square is cut from the picture as it is, which must be large enough. With `flip` every other square

@@ -97,26 +97,28 @@ class AdamW(torch.optim.Optimizer):
             told = self.state[p]["step"], rate, decay, beta1, beta2, epsilon
             parts = p.split(rows), p.grad.split(rows), *(self.slices(p, name, rows * row) for name in SIGNED)
             for number, (part, grad, *both) in enumerate(zip(*parts, strict=True)):
-                flat = part.reshape(-1)
-                self.kernel(flat, grad.reshape(-1), *both, *told, key + number * rows * row)
+                flat, flat_grad = (x.reshape(both[0][0].shape) for x in (part, grad))
+                self.kernel(flat, flat_grad, *both, *told, key + number * rows * row)
                 if not part.is_contiguous():  # channels come last: `flat` is a copy
                     part.copy_(flat.view_as(part))
 
     def slices(self, p: Tensor, name: str, size: int) -> Iterator[tuple[Tensor, ...]]:
         """A moment in slices, each as `update` takes it."""
-        values, scales = self.state[p][name].view(-1).split(size), self.state[p].get(f"{name}_scale")
+        values, scales, blocks = self.state[p][name], self.state[p].get(f"{name}_scale"), size // BLOCK
         if scales is None:
-            return zip(values)
-        return zip(values, scales.split(size // BLOCK), *map(itertools.repeat, code(SIGNED[name], p.device)), strict=False)
+            return zip(values.view(-1).split(size))
+        both = values.view(-1, BLOCK).split(blocks), scales.split(blocks)
+        return zip(*both, *map(itertools.repeat, code(SIGNED[name], p.device)), strict=False)
 
 
 def update(
     p: Tensor, g: Tensor, first: tuple[Tensor, ...], second: tuple[Tensor, ...],
     step: Tensor, rate: float | Tensor, decay: float, beta1: float, beta2: float, epsilon: float, key: int,
 ) -> None:  # fmt: skip
-    """A step, the `step`-th, of a slice p [n] by its gradient g [n], in place; fit for torch.compile, and for a CUDA graph.
+    """A step, the `step`-th, of a slice p by its gradient g, in place; fit for torch.compile, and for a CUDA graph.
 
-    Moments are (values [n],) or (codes [n], scales [b], *code).
+    Moments are (values [n],), with p and g [n], or in 8 bits (codes [b, BLOCK], scales [b], *code), with p and g [b, BLOCK]:
+    in rows of blocks no place has to be divided by BLOCK to find its scale.
     """
     weight, g, m, v = p.float(), g.float(), decoded(*first), decoded(*second)
     seen, seen2 = (-torch.expm1(step * math.log(max(beta, 1e-300))) for beta in (beta1, beta2))  # 1 - beta^step
@@ -131,11 +133,11 @@ def update(
 
 
 def random_bits(like: Tensor, key: int | Tensor) -> Tensor:
-    """16 random bits for each element [n], int32: a hash of key + place, 32 bits of it, so the same on every device.
+    """16 random bits for each element, int32: a hash of key + place, 32 bits of it, so the same on every device.
 
     The hash is triple32 of github.com/skeeto/hash-prospector, up to its last multiplication.
     """
-    x = torch.arange(len(like), dtype=torch.int32, device=like.device).add_(key)
+    x = torch.arange(like.numel(), dtype=torch.int32, device=like.device).view_as(like).add_(key)
     for shift, factor in ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB)):
         x.bitwise_xor_((x >> shift).bitwise_and_((1 << 32 - shift) - 1)).mul_((factor ^ 1 << 31) - (1 << 31))
     return x.bitwise_right_shift_(16).bitwise_and_(0xFFFF)
@@ -157,21 +159,28 @@ def code(signed: bool, device: torch.device | str = "cpu") -> tuple[Tensor, Tens
     return levels.to(device), codes.to(device)
 
 
+def looked_up(table: Tensor, places: Tensor) -> Tensor:
+    """table[places], by what is fastest: one of the two divides every place by BLOCK where compiled, the other is slow if not."""
+    if torch.compiler.is_compiling():
+        return table[places]
+    return table.index_select(0, places.view(-1)).view_as(places)
+
+
 def decoded(values: Tensor, *eight: Tensor) -> Tensor:
-    """A moment [n] in fp32: itself, if it is not in 8 bits."""
+    """A moment in fp32: itself, if it is not in 8 bits."""
     if not eight:
         return values
     scales, levels, _ = eight
-    return levels.index_select(0, values.int()).view(-1, BLOCK).mul_(scales[:, None]).view(-1)
+    return looked_up(levels, values.int()).mul_(scales[:, None])
 
 
 def encode(x: Tensor, values: Tensor, *eight: Tensor) -> None:
-    """Put a moment x [n] where `decoded` finds it; what was x is lost."""
+    """Put a moment x where `decoded` finds it; what was x is lost."""
     if eight:
-        blocks, (scales, _, codes) = x.view(-1, BLOCK), eight
-        scales.copy_(blocks.abs().amax(1))
-        bits = blocks.div_(scales.clamp(min=1e-38)[:, None]).view(torch.int32).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
-        values.copy_(codes.index_select(0, bits.view(-1)))
+        scales, _, codes = eight
+        scales.copy_(x.abs().amax(1))
+        bits = x.div_(scales.clamp(min=1e-38)[:, None]).view(torch.int32).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
+        values.copy_(looked_up(codes, bits))
 
 
 def moments(optimizer: torch.optim.Optimizer, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:

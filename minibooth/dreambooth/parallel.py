@@ -22,10 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 from minibooth.dreambooth.journal import Journal
 from minibooth.dreambooth.settings import Settings
 from minibooth.errors import UserError
-from minibooth.models.blocks import ResnetBlock, Transformer
+from minibooth.models.blocks import ResnetBlock, Transformer, Upsample
 from minibooth.models.clip import Layer
 
-BLOCKS = ResnetBlock | Transformer | Layer  # what is sharded, or computed again, as one
+BLOCKS = ResnetBlock | Transformer | Upsample | Layer  # what is sharded, or computed again, as one
 
 
 class Networks(nn.Module):

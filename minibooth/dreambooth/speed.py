@@ -1,6 +1,7 @@
 """Speed put on from outside: layers as the device likes them, a GPU's kernels started together, torch.compile.
 
-What is compiled are the networks' blocks: many are alike, and each kind is compiled once, and kept for a second run.
+What is compiled are the layers whose kernels can be one: many are alike, and each kind is compiled once, and kept for a
+second run.
 
 Shapes: B batch, C channels in and O out, K = C times the kernel's size, L places of what comes out; M and N any numbers.
 """
@@ -20,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from minibooth.dreambooth.parallel import BLOCKS
 from minibooth.dreambooth.settings import Settings
 from minibooth.models import blocks, ops
 
-MOST_KINDS = 256  # of blocks, by shapes and settings; SD 1 has 18, as many again to draw with, and for each size of a batch
+FUSED = nn.GroupNorm | nn.LayerNorm | blocks.GEGLU  # what is compiled
+MOST_KINDS = 256  # of norms, by shapes and settings; SD 1 has 18, as many again to draw with, and for each size of a batch
 
 
 def compilable(settings: Settings, device: torch.device, pays: bool = False) -> bool:
@@ -50,13 +51,12 @@ def replayable(settings: Settings, device: torch.device) -> bool:
     return device.type == "cuda" and settings.compile != "off"
 
 
-def compile_blocks(network: nn.Module) -> None:
-    """Compile a network's blocks, in place."""
+def compile_layers(network: nn.Module) -> None:
+    """Compile a network's layers, after they were suited to the device, in place."""
     torch._dynamo.config.recompile_limit = MOST_KINDS
-    torch._dynamo.config.optimize_ddp = False  # which would cut them
-    for part in network.modules():
-        if isinstance(part, BLOCKS):
-            part.forward = torch.compile(part.forward, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
+    for layer in network.modules():
+        if isinstance(layer, FUSED):
+            layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)  # type: ignore
 
 
 class Product(torch.autograd.Function):
@@ -131,6 +131,8 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
+            if torch.compiler.is_compiling():
+                return ops.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
             return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
@@ -160,7 +162,7 @@ def faster(kind: Any, fast: Any) -> Any:
 
 def suit(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Have a network's layers compute as the device is fastest at, in `dtype` or under autocast to it."""
-    kinds = AS_GIVEN if dtype != torch.float32 else {}
+    kinds = AS_GIVEN if dtype != torch.float32 or device.type != "cpu" else {}
     if device.type == "cpu":
         kinds = kinds | (PRODUCTS if dtype == torch.float32 else {} if bf16_units() else IN_FP32)
     for layer in network.modules():
@@ -181,7 +183,7 @@ def draw_faster(pipe: Any, settings: Settings, device: torch.device) -> None:
         suit(network, device, pipe.dtype)
         channels_last(network, device)
     if compilable(settings, device):
-        compile_blocks(pipe.unet)
+        compile_layers(pipe.unet)
     if replayable(settings, device):
         pipe.unet.forward = Graph(pipe.unet.forward)
 

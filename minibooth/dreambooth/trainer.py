@@ -124,7 +124,9 @@ class Trainer:
             self.optimizer.step_in_backward()
         lean = s.use_8bit_adam or s.full_bf16  # updated by our own kernel
         if speed.compilable(s, self.device, pays=lean and self.device.type == "cuda"):
-            self.compile()
+            self.optimizer.compile()
+            for network in self.trained.values() if s.compile == "on" else ():
+                speed.compile_layers(network)
         scaled = self.dtype == torch.float16  # an update that overflowed is left out, as the host decides
         if self.ranks.count == 1 and not scaled and speed.replayable(s, self.device):
             for group in self.optimizer.param_groups:
@@ -135,14 +137,6 @@ class Trainer:
             restore(self.optimizer, self.trained, files.Tensors([self.resumed / "optimizer.safetensors"]))
             if scale := self.state.get("scaler"):  # empty where it was not in fp16
                 self.scaler.load_state_dict(scale)
-
-    def compile(self) -> None:
-        """From now on an update is few kernels, but on a CPU, which is slower so; with `--compile on` blocks are compiled."""
-        if self.device.type != "cpu":
-            self.optimizer.compile()
-        if self.settings.compile == "on":
-            for network in self.trained.values():
-                speed.compile_blocks(network)
 
     @torch.no_grad()
     def encode(self) -> None:

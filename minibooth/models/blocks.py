@@ -17,24 +17,32 @@ from minibooth.models import ops
 from minibooth.models.config import UNetConfig
 
 
+class NormSiLU(nn.GroupNorm):
+    """GroupNorm, then x * sigmoid(x): what stands before every convolution of a resnet."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(super().forward(x))
+
+
 class ResnetBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x))) + time))), He et al. 2016 as Ho et al. 2020, appendix B, use it."""
 
     def __init__(self, c_in: int, c_out: int, groups: int, eps: float, time_width: int = 0):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, c_in, eps)
+        self.norm1 = NormSiLU(groups, c_in, eps)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         if time_width:
             self.time_emb_proj = nn.Linear(time_width, c_out)
-        self.norm2 = nn.GroupNorm(groups, c_out, eps)
+        self.norm2 = NormSiLU(groups, c_out, eps)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        h = self.conv1(ops.norm_silu(self.norm1, x))
+    def forward(self, x: Tensor, time: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
+        x = x if skip is None else torch.cat([x, skip], dim=1)
+        h = self.conv1(self.norm1(x))
         if time is not None:
             h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]
-        return self.conv_shortcut(x) + self.conv2(ops.norm_silu(self.norm2, h))
+        return self.conv_shortcut(x) + self.conv2(self.norm2(h))
 
 
 class Attention(nn.Module):
@@ -194,7 +202,7 @@ class Block(nn.Module):
         pop: list[Tensor] | None = None,
     ) -> Tensor:
         for i, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat([x, pop.pop()], dim=1) if pop else x, time)
+            x = resnet(x, time, skip=pop.pop() if pop else None)
             if i < len(self.attentions):
                 x = self.attentions[i](x, context)
             if push is not None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minibooth.models import ops
-from minibooth.models.blocks import Block, Downsample, ResnetBlock, Transformer, Upsample
+from minibooth.models.blocks import Block, Downsample, NormSiLU, ResnetBlock, Transformer, Upsample
 from minibooth.models.config import ATTENDS, UNetConfig
 
 
@@ -78,7 +78,7 @@ class UNet(nn.Module):
             attentions = transformers(depth * ATTENDS[kind], level, crosses[level])
             self.up_blocks.append(Block(resnets, attentions, upsampler=Upsample(width) if level else None))
 
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, width, config.norm_eps)
+        self.conv_norm_out = NormSiLU(config.norm_num_groups, width, config.norm_eps)
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor | float, context: Tensor, *told: Any) -> Tensor:
@@ -99,4 +99,4 @@ class UNet(nn.Module):
         x = self.mid_block(x, time, context)
         for block in self.up_blocks:
             x = block(x, time, context, pop=skips)
-        return self.conv_out(ops.norm_silu(self.conv_norm_out, x))
+        return self.conv_out(self.conv_norm_out(x))

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from minibooth.models import ops
-from minibooth.models.blocks import Block, Downsample, ResnetBlock, SpatialAttention, Upsample
+from minibooth.models.blocks import Block, Downsample, NormSiLU, ResnetBlock, SpatialAttention, Upsample
 from minibooth.models.config import VAEConfig
 
 EPS = 1e-6  # of every normalisation here; the UNet's resnets have 1e-5
@@ -44,14 +43,14 @@ class Encoder(nn.Module):
             self.down_blocks.append(Block(resnets, (), Downsample(c_out, one_sided=True) if level < last else None))
             width = c_out
         self.mid_block = middle(width, groups)
-        self.conv_norm_out = nn.GroupNorm(groups, width, EPS)
+        self.conv_norm_out = NormSiLU(groups, width, EPS)
         self.conv_out = nn.Conv2d(width, 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for block in (*self.down_blocks, self.mid_block):
             x = block(x)
-        return self.conv_out(ops.norm_silu(self.conv_norm_out, x))
+        return self.conv_out(self.conv_norm_out(x))
 
 
 class Decoder(nn.Module):
@@ -69,14 +68,14 @@ class Decoder(nn.Module):
             resnets = [ResnetBlock(c_in, c_out, groups, EPS) for c_in in inputs]
             self.up_blocks.append(Block(resnets, upsampler=Upsample(c_out) if level < last else None))
             width = c_out
-        self.conv_norm_out = nn.GroupNorm(groups, width, EPS)
+        self.conv_norm_out = NormSiLU(groups, width, EPS)
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.conv_in(z)
         for block in (self.mid_block, *self.up_blocks):
             x = block(x)
-        return self.conv_out(ops.norm_silu(self.conv_norm_out, x))
+        return self.conv_out(self.conv_norm_out(x))
 
 
 def middle(width: int, groups: int) -> Block:
