@@ -160,7 +160,7 @@ def code(signed: bool, device: torch.device | str = "cpu") -> tuple[Tensor, Tens
 
 
 def looked_up(table: Tensor, places: Tensor) -> Tensor:
-    """table[places], by what is fastest: one of the two divides every place by BLOCK where compiled, the other is slow if not."""
+    """table[places], by what is fastest: one divides every place by BLOCK where it is compiled, the other is slow where not."""
     if torch.compiler.is_compiling():
         return table[places]
     return table.index_select(0, places.view(-1)).view_as(places)

@@ -83,7 +83,7 @@ class Settings:
     snr_gamma: float | None = flag(None, "min-SNR weighting of the loss; 5.0 is usual")
     mixed_precision: str | None = flag(None, "autocast; weights stay in fp32, but for --full_bf16", choices=MIXED)
     allow_tf32: bool = flag(False, "TF32 matrix products on Ampere and later GPUs")
-    compile: str = flag("auto", "auto: a GPU starts a step as one graph; on: blocks are compiled, too; off", choices=COMPILES)
+    compile: str = flag("auto", "auto: a GPU starts a step as one graph; on: norms are compiled, too; off", choices=COMPILES)
     device: str | None = flag(None, "cuda, mps or cpu; the best there")
     parallel: str | None = flag(None, "for torchrun: all weights in each process, or a shard; ddp", choices=("ddp", "fsdp"))
     checkpointing_steps: int = flag(500, "steps between checkpoints")
