@@ -24,6 +24,21 @@ def test_commands_ask_for_huge_pages_unless_told_otherwise(monkeypatch):
         assert os.environ["THP_MEM_ALLOC_ENABLE"] == wanted
 
 
+@pytest.mark.parametrize("name, given, wanted", [
+    ("PYTORCH_ALLOC_CONF", "", "expandable_segments:True"), ("PYTORCH_ALLOC_CONF", "backend:native", "backend:native"),
+    ("PYTORCH_CUDA_ALLOC_CONF", "backend:native", "backend:native"),
+])  # fmt: skip
+def test_commands_ask_for_a_gpus_memory_without_gaps_unless_told_otherwise(name, given, wanted, monkeypatch):
+    """By the name of today or of before."""
+    for each in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(each, "")  # and so put back as it was
+        monkeypatch.delenv(each)
+    if given:
+        monkeypatch.setenv(name, given)
+    command.ready_torch()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == wanted
+
+
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc's")
 def test_memory_that_is_free_is_kept():
     """Where the system took it back, the next tensor would fault page by page."""

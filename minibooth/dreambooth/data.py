@@ -35,8 +35,9 @@ def find_pictures(folder: Path) -> tuple[list[Path], list[Path]]:
     """
     if not folder.is_dir():
         raise UserError(f"no such folder of pictures: {folder}")
-    there = {path: is_picture(path) for path in sorted(folder.iterdir())}
-    pictures, skipped = ([path for path, decodes in there.items() if decodes == wanted] for wanted in (True, False))
+    pictures, skipped = list[Path](), list[Path]()
+    for path in sorted(folder.iterdir()):
+        (pictures if is_picture(path) else skipped).append(path)
     if not pictures:
         raise UserError(f"no picture in {folder}: put JPEG or PNG files there")
     return pictures, skipped

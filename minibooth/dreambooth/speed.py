@@ -54,9 +54,9 @@ def replayable(settings: Settings, device: torch.device) -> bool:
 def compile_layers(network: nn.Module) -> None:
     """Compile a network's layers, after they were suited to the device, in place."""
     torch._dynamo.config.recompile_limit = MOST_KINDS
-    for layer in network.modules():
-        if isinstance(layer, FUSED):
-            layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)  # type: ignore
+    layers: list[Any] = [layer for layer in network.modules() if isinstance(layer, FUSED)]
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
 
 
 class Product(torch.autograd.Function):

@@ -157,12 +157,11 @@ class Recomputed(nn.Module):
 
     dropout = False  # whether the second time the same random numbers are needed
 
-    def forward(self, *args: Any, skip: Tensor | None = None) -> Tensor:
-        if skip is not None and skip.requires_grad:
-            skip = skip.view_as(skip)
+    def forward(self, *args: Any, **joined: Any) -> Tensor:
+        if (skip := joined.get("skip")) is not None and skip.requires_grad:
+            skip = joined["skip"] = skip.view_as(skip)
             skip.register_hook(torch.clone)  # its gradient waits long, as a view that keeps what it is joined to
-        more: dict[str, Any] = {} if skip is None else {"skip": skip}
-        return checkpoint(super().forward, *args, use_reentrant=False, preserve_rng_state=self.dropout, **more)
+        return checkpoint(super().forward, *args, use_reentrant=False, preserve_rng_state=self.dropout, **joined)
 
 
 @functools.cache
