@@ -83,7 +83,7 @@ def results(layer, x, grad):
 @pytest.mark.parametrize("name", LAYERS)
 def test_without_units_for_bf16_sums_are_in_fp32(name, weights, monkeypatch):
     """Of bf16 numbers and of weights as they are: nothing but what comes out is rounded."""
-    monkeypatch.setattr(speed, "bf16_units", lambda: False)
+    monkeypatch.setattr(speed, "emulated", lambda dtype: dtype == torch.bfloat16)
     make, shape = LAYERS[name]
     layer = make().to(weights)
     ours, plain, x = suited(layer, torch.bfloat16), layer.float(), normals(*shape).bfloat16()
@@ -100,7 +100,7 @@ def test_without_units_for_bf16_sums_are_in_fp32(name, weights, monkeypatch):
 @pytest.mark.parametrize("name", LAYERS)
 def test_for_the_backward_pass_no_more_is_kept_than_it_needs(name, frozen, monkeypatch):
     """What came in, in bf16, where weights train; and the weights themselves."""
-    monkeypatch.setattr(speed, "bf16_units", lambda: False)
+    monkeypatch.setattr(speed, "emulated", lambda dtype: dtype == torch.bfloat16)
     make, shape = LAYERS[name]
     layer, kept = suited(make().bfloat16(), torch.bfloat16).requires_grad_(not frozen), []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
@@ -113,7 +113,7 @@ def test_for_the_backward_pass_no_more_is_kept_than_it_needs(name, frozen, monke
     "make, shape", [(lambda: nn.Linear(96, 80), (5, 96)), (lambda: nn.Conv2d(24, 16, 3, 1, 1), (2, 24, 6, 6))]
 )
 def test_a_lora_works_beside_a_layer_in_fp32(make, shape, monkeypatch):
-    monkeypatch.setattr(speed, "bf16_units", lambda: False)
+    monkeypatch.setattr(speed, "emulated", lambda dtype: dtype == torch.bfloat16)
     network = nn.ModuleDict({"up_blocks": nn.ModuleDict({"a": make()})}).bfloat16()
     lora.attach(network, lora.fresh(network, "all", 4, 4.0, 0.0, torch.Generator().manual_seed(0)), torch.float32)
     ours, plain = (x["up_blocks"]["a"].requires_grad_(False) for x in (suited(network, torch.bfloat16), network.float()))
@@ -128,7 +128,7 @@ def test_a_lora_works_beside_a_layer_in_fp32(make, shape, monkeypatch):
 
 
 def test_attention_without_units_for_bf16_is_in_fp32(monkeypatch):
-    monkeypatch.setattr(speed, "bf16_units", lambda: False)
+    monkeypatch.setattr(speed, "emulated", lambda dtype: dtype == torch.bfloat16)
     plain = Attention(32, 4)
     ours, seen = suited(plain, torch.bfloat16), []
     monkeypatch.setattr(
@@ -141,11 +141,32 @@ def test_attention_without_units_for_bf16_is_in_fp32(monkeypatch):
     assert error(y.float(), plain(x)) < 2**-6
 
 
-def test_units_for_bf16_are_those_that_the_processor_names(monkeypatch):
-    for told, units in (({"avx512_bf16": False, "amx_bf16": True}, True), ({"bf16": True}, True), ({}, False),
-                        ({"avx512_f": True, "avx512_bf16": False, "cpu_name": "bf16"}, False)):  # fmt: skip
+def test_emulated_is_what_the_processor_does_not_name(monkeypatch):
+    for able, lacking in (
+        (["amx_bf16"], ["float16"]), (["bf16"], ["float16"]), (["avx512_bf16", "avx512_fp16"], ["float16"]),
+        (["amx_bf16", "amx_fp16"], []), (["avx512_f"], ["bfloat16", "float16"]),
+    ):  # fmt: skip
+        told = {"cpu_name": "bf16", "amx_bf16": False, "amx_fp16": False} | dict.fromkeys(able, True)
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda told=told: told)
-        assert speed.bf16_units() == units
+        speed.emulated.cache_clear()
+        assert [name for name in ("float32", "bfloat16", "float16") if speed.emulated(getattr(torch, name))] == lacking
+    speed.emulated.cache_clear()
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["1x1", "more weights than places", "more places than weights"])
+def test_with_units_for_bf16_a_convolution_is_a_product_in_bf16(name, weights, monkeypatch):
+    """As exact as PyTorch's own, in value and gradients: no sum is taken in bf16."""
+    monkeypatch.setattr(speed, "emulated", lambda dtype: False)
+    make, shape = LAYERS[name]
+    layer, x = make().to(weights), normals(*shape).bfloat16()
+    ours, exact = suited(layer, torch.bfloat16), make().double()
+    exact.load_state_dict({key: p.bfloat16() for key, p in layer.state_dict().items()})
+    grad = normals(*layer(x.to(weights)).shape).bfloat16()
+    found, theirs, wanted = results(ours, x, grad), results(layer, x, grad), results(exact, x.double(), grad.double())
+    assert [each.dtype for each in found] == [each.dtype for each in theirs]
+    for one, other, truth in zip(found, theirs, wanted, strict=True):
+        assert (one - truth).norm() < 1.5 * (other - truth).norm() + 1e-6 * truth.norm()
 
 
 def test_norms_stay_in_their_inputs_precision():
@@ -167,12 +188,12 @@ def test_norms_stay_in_their_inputs_precision():
 
 
 def test_layers_change_only_where_that_was_seen_to_pay(monkeypatch):
-    for device, dtype, units, changed in (
-        ("cpu", "float32", False, [True, False, False]), ("cpu", "float32", True, [True, False, False]),
-        ("cpu", "bfloat16", False, [True, True, True]), ("cpu", "bfloat16", True, [False, False, True]),
-        ("cuda", "float32", False, [False, False, True]), ("cuda", "bfloat16", False, [False, False, True]),
+    for device, dtype, slow, changed in (
+        ("cpu", "float32", False, [True, False, False]),
+        ("cpu", "bfloat16", True, [True, True, True]), ("cpu", "bfloat16", False, [True, False, True]),
+        ("cuda", "float32", False, [False, False, True]), ("cuda", "bfloat16", True, [False, False, True]),
     ):  # fmt: skip
-        monkeypatch.setattr(speed, "bf16_units", lambda units=units: units)
+        monkeypatch.setattr(speed, "emulated", lambda dtype, slow=slow: slow)
         layers = nn.ModuleList([nn.Conv2d(1, 1, 1), nn.Linear(1, 1), nn.GroupNorm(1, 1)])
         speed.suit(layers, torch.device(device), getattr(torch, dtype))
         assert [type(layer).__module__ == speed.__name__ for layer in layers] == changed

@@ -96,20 +96,22 @@ class Linear(nn.Linear):
 class Conv2d(nn.Conv2d):
     """As a product of matrices, [O, K] and [B L, K], where a CPU is faster with that: for 1x1, and for far more weights than
     places, which PyTorch's own convolution brings into another order and back. In fp32 only the backward pass is much faster,
-    and without one nothing changes; otherwise all is a `Product`.
+    and without one nothing changes; in what is emulated all is a `Product`.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         pads: Any = self.padding
         sides = zip(x.shape[2:], pads, self.kernel_size, self.stride, strict=True)
         size = [(side + 2 * pad - kernel) // step + 1 for side, pad, kernel, step in sides]
-        half, one = wanted(x) != torch.float32, self.kernel_size == (1, 1)
+        slow, one = emulated(wanted(x)), self.kernel_size == (1, 1)
         matrices = one or self.in_channels * self.out_channels > 5000 * len(x) * math.prod(size)
-        if matrices and (half or torch.is_grad_enabled()):
-            columns = x.flatten(2) if one else F.unfold(x, self.kernel_size, padding=pads, stride=self.stride)
-            y = (Product.apply if half else F.linear)(self.weight.flatten(1), columns.transpose(0, 1).flatten(1).T)
+        if matrices and (wanted(x) != torch.float32 or torch.is_grad_enabled()):
+            # a place's gradient is a sum over the kernel's: in fp32, too
+            columns = x if one else F.unfold(x.float(), self.kernel_size, padding=pads, stride=self.stride).to(x.dtype)
+            columns = columns.flatten(2).transpose(0, 1).flatten(1).T
+            y = (Product.apply if slow else F.linear)(self.weight.flatten(1), columns)
             y = y.view(-1, len(x), *size).transpose(0, 1)
-        elif half:
+        elif slow:
             y = Product.apply(self.weight, x, (self.stride, pads))
         else:
             return super().forward(x)
@@ -149,9 +151,14 @@ IN_FP32: dict[type, type] = PRODUCTS | {nn.Linear: Linear, blocks.Attention: Att
 AS_GIVEN: dict[type, type] = {nn.GroupNorm: GroupNorm, nn.LayerNorm: LayerNorm}
 
 
-def bf16_units() -> bool:
-    """Whether the processor multiplies bf16 itself. Where it does not, PyTorch takes four times as long for it as for fp32."""
-    return any(has for name, has in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
+UNITS = {torch.bfloat16: "bf16", torch.float16: "amx_fp16"}  # as the names of a processor's abilities end
+
+
+@functools.cache
+def emulated(dtype: torch.dtype) -> bool:
+    """Whether a CPU has no units for products in this precision: PyTorch then takes four times as long as in fp32, or more."""
+    able = [name for name, has in torch.cpu.get_capabilities().items() if has]
+    return dtype in UNITS and not any(name.endswith(UNITS[dtype]) for name in able)
 
 
 @functools.cache
@@ -164,7 +171,7 @@ def suit(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Have a network's layers compute as the device is fastest at, in `dtype` or under autocast to it."""
     kinds = AS_GIVEN if dtype != torch.float32 or device.type != "cpu" else {}
     if device.type == "cpu":
-        kinds = kinds | (PRODUCTS if dtype == torch.float32 else {} if bf16_units() else IN_FP32)
+        kinds = kinds | (IN_FP32 if emulated(dtype) else PRODUCTS)
     for layer in network.modules():
         for plain, fast in kinds.items():
             if isinstance(layer, plain) and not isinstance(layer, fast):
