@@ -27,14 +27,9 @@ A1111 = {
 
 
 def parser(
-    name: str,
-    description: str | None,
-    embedded: str,
-    steps: int,
-    guidance_scale: float,
-    output_dir: str = "pictures",
+    name: str, description: str | None, embedded: str, steps: int, guidance_scale: float, output_dir: str = "pictures",
     seed: int | None = None,
-) -> command.Parser:
+) -> command.Parser:  # fmt: skip
     """The shared flags of the command `name`, whose model is that in weights/`embedded` where none is named."""
     parser = command.Parser(f"python -m minibooth.{name}", description)
     add = parser.add_argument

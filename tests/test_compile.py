@@ -151,7 +151,7 @@ def test_the_update_has_its_eager_numbers():
         p, g = normals(4, BLOCK).bfloat16(), normals(4, BLOCK, seed=1).bfloat16()
         moments = [(torch.zeros(4, BLOCK, dtype=torch.uint8), torch.zeros(4), *code(signed)) for signed in (True, False)]
         for step in range(1, 4):
-            kernel(p, g, *moments, torch.tensor(float(step)), 1e-2 / step, 0.1, 0.9, 0.999, 1e-8, 7)
+            kernel(p, g, *moments, torch.tensor(1.5), torch.tensor(float(step)), 1e-2 / step, 0.1, 0.9, 0.999, 1e-8, 7)
         return [p.float(), moments[0][1], moments[1][1]]
 
     compiled = torch.compile(update, fullgraph=True, dynamic=True)

@@ -7,7 +7,19 @@ from small_run import same_bits
 from torch import nn
 
 from minibooth.dreambooth import optimizer as module
-from minibooth.dreambooth.optimizer import BLOCK, SIGNED, AdamW, code, decoded, encode, moments, random_bits, restore, update
+from minibooth.dreambooth.optimizer import (
+    BLOCK,
+    SIGNED,
+    AdamW,
+    code,
+    decoded,
+    encode,
+    moments,
+    norm,
+    random_bits,
+    restore,
+    update,
+)
 from minibooth.errors import UserError
 
 KINDS = {
@@ -31,9 +43,9 @@ def parameters(modules: dict[str, nn.Module]) -> list[nn.Parameter]:
     return [parameter for network in modules.values() for parameter in network.parameters()]
 
 
-def adamw(modules: dict[str, nn.Module], eight_bit: bool = False, seed: int = 0) -> AdamW:
+def adamw(modules: dict[str, nn.Module], eight_bit: bool = False, seed: int = 0, max_norm: float = 0.0) -> AdamW:
     groups = [{"params": list(network.parameters()), "lr": 0.01 * (1 + i)} for i, network in enumerate(modules.values())]
-    return AdamW(groups, *HOW, eight_bit, seed)
+    return AdamW(groups, *HOW, eight_bit, seed, max_norm)
 
 
 def walk(modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, steps: range) -> None:
@@ -78,9 +90,38 @@ def test_fifty_steps_are_those_of_torch():
     optimizer = torch.optim.AdamW([p], 0.01, *HOW, foreach=False)
     for step in range(1, 51):
         p.grad = torch.randn(500, generator=torch.Generator().manual_seed(step))
-        update(ours, p.grad, (m,), (v,), torch.tensor(float(step)), 0.01, 0.1, 0.9, 0.99, 1e-8, 0)
+        update(ours, p.grad, (m,), (v,), None, torch.tensor(float(step)), 0.01, 0.1, 0.9, 0.99, 1e-8, 0)
         optimizer.step()
     assert torch.allclose(ours, p, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_clipped_as_one_vector(kind):
+    """As torch's clip_grad_norm_ does it beforehand; those that are short enough are left as they are, to the bit."""
+    (dtype, eight_bit), found = KINDS[kind], []
+    for max_norm, before in ((0.1, 0.0), (0.0, 0.1), (1e3, 0.0), (0.0, 0.0)):
+        modules = networks(dtype)
+        optimizer = adamw(modules, eight_bit, max_norm=max_norm)
+        for step in range(4):  # of other lengths, so that AdamW sees the difference
+            for p, seed in zip(parameters(modules), range(6), strict=True):
+                p.grad = (10.0**-step * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
+            if before:
+                torch.nn.utils.clip_grad_norm_(parameters(modules), before)
+            optimizer.step()
+        found.append(weights(modules) | moments(optimizer, modules))
+    clipped, expected, short, plain = found
+    assert same_bits(short, plain)
+    for name in weights(modules):
+        way, start = expected[name].float() - plain[name].float(), expected[name].float()
+        assert (clipped[name].float() - start).norm() < (1e-4 if kind == "plain" else 0.1) * way.norm()
+
+
+def test_a_norm_is_right_to_seven_digits():
+    """Where PyTorch's is not; and in fp32, of gradients in bf16."""
+    for shapes, dtype in (([(1 << 12, 1 << 12), (3,)], torch.float32), ([(320, 64, 3, 3), (320,)], torch.bfloat16)):
+        gradients = [torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype) for shape in shapes]
+        exact = torch.cat([x.double().flatten() for x in gradients]).norm()
+        assert abs(norm(gradients) / exact - 1) < 1e-6
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -206,7 +247,8 @@ def test_rounding_is_right_in_the_mean(x):
     """Each value becomes one of its two neighbours, or stays what it is."""
     n, g, v = 1 << 18, torch.full((1 << 18,), -1.0 if x > 0 else 1.0), torch.zeros(1 << 18)
     p = torch.zeros(n, dtype=torch.bfloat16)
-    update(p, g, (v.clone(),), (v,), torch.tensor(1.0), abs(x), 0.0, 0.0, 0.0, 0.0, key=3)  # without memory, a step is the rate
+    how = None, torch.tensor(1.0), abs(x), 0.0, 0.0, 0.0, 0.0  # without memory, a step is the rate
+    update(p, g, (v.clone(),), (v,), *how, key=3)
     found = sorted(p.unique().tolist())
     assert found == [x] or len(found) == 2 and found[0] < x < found[1]
     gap = found[-1] - found[0]

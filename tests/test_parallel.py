@@ -26,7 +26,7 @@ from minibooth.errors import UserError
 REPOSITORY = Path(__file__).resolve().parents[1]
 WAYS = ("ddp", "fsdp")
 CASES = {
-    "accumulation": {"gradient_accumulation_steps": 2, "snr_gamma": 5.0, "random_flip": True},
+    "accumulation": {"gradient_accumulation_steps": 2, "max_grad_norm": 1e-2, "snr_gamma": 5.0, "random_flip": True},
     "prior and text encoder": {
         "with_prior_preservation": True, "class_prompt": "a photo of dog", "num_class_images": 7, "train_text_encoder": True,
         "gradient_checkpointing": True, "validation_prompt": "a sks dog", "validation_steps": 2, "num_validation_images": 1,

@@ -111,16 +111,9 @@ class StableDiffusionUpscale(Pipeline):
 
     @torch.no_grad()
     def draw(
-        self,
-        image: Image.Image,
-        conditions: Sequence[Condition],
-        seed: int,
-        noise_level: int = 20,
-        steps: int = 75,
-        guidance_scale: float = 9.0,
-        sampler: str | None = None,
-        tile: int = TILE,
-    ) -> Image.Image:
+        self, image: Image.Image, conditions: Sequence[Condition], seed: int, noise_level: int = 20, steps: int = 75,
+        guidance_scale: float = 9.0, sampler: str | None = None, tile: int = TILE,
+    ) -> Image.Image:  # fmt: skip
         """A picture from encoded prompts, [1, ...] each: (unconditional and) conditional. The rest as in `generate`."""
         if not 0 <= noise_level <= self.max_noise_level:
             raise UserError(f"noise_level={noise_level} is not within 0 and {self.max_noise_level}")

@@ -56,17 +56,10 @@ class StableDiffusion(Pipeline):
 
     @torch.no_grad()
     def draw(
-        self,
-        condition: Condition,
-        unconditional: Condition | None,
-        seeds: Sequence[int],
-        height: int | None = None,
-        width: int | None = None,
-        steps: int = 50,
-        guidance_scale: float = 7.5,
-        sampler: str | None = None,
-        latents: Tensor | None = None,
-    ) -> list[Image.Image]:
+        self, condition: Condition, unconditional: Condition | None, seeds: Sequence[int],
+        height: int | None = None, width: int | None = None, steps: int = 50, guidance_scale: float = 7.5,
+        sampler: str | None = None, latents: Tensor | None = None,
+    ) -> list[Image.Image]:  # fmt: skip
         """A picture for each of B seeds, from encoded prompts; no guidance without `unconditional`."""
         B = len(seeds)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]

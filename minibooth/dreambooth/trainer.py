@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from minibooth.checkpoint import files
@@ -119,7 +119,8 @@ class Trainer:
         self.encode()
         groups = self.weights.groups()
         betas = s.adam_beta1, s.adam_beta2
-        self.optimizer = AdamW(groups, betas, s.adam_epsilon, s.adam_weight_decay, s.use_8bit_adam, self.seed)
+        how = s.use_8bit_adam, self.seed, s.max_grad_norm
+        self.optimizer = AdamW(groups, betas, s.adam_epsilon, s.adam_weight_decay, *how)
         if s.fused_backward_pass:
             self.optimizer.step_in_backward()
         lean = s.use_8bit_adam or s.full_bf16  # updated by our own kernel
@@ -239,7 +240,7 @@ class Trainer:
 
         From the same tensors always the same operations, and nothing is read back, so that it can be a graph.
         """
-        s, parts = self.settings, self.settings.gradient_accumulation_steps
+        parts = self.settings.gradient_accumulation_steps
         size, total = len(batches) // parts, torch.zeros(3, device=self.device)
         for part in range(parts):
             with contextlib.nullcontext() if part + 1 == parts else self.networks.no_sync():
@@ -248,8 +249,6 @@ class Trainer:
                 self.scaler.scale(losses["loss"] / parts).backward()
             total += torch.stack([x.detach() for x in losses.values()]) / parts
         self.scaler.unscale_(self.optimizer)
-        if s.max_grad_norm:
-            nn.utils.clip_grad_norm_((p for module in self.trained.values() for p in module.parameters()), s.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
