@@ -19,6 +19,12 @@ attend = F.scaled_dot_product_attention
 CPU = torch.device("cpu")
 
 
+@pytest.fixture
+def bf16_emulated(monkeypatch):
+    """As on a CPU without units for it."""
+    monkeypatch.setattr(speed, "emulated", lambda dtype: dtype == torch.bfloat16)
+
+
 def suited(layers: nn.Module, dtype: torch.dtype):
     """A copy, with the same weights under the same names."""
     for seed, p in enumerate(layers.parameters()):
@@ -81,9 +87,8 @@ def results(layer, x, grad):
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", LAYERS)
-def test_without_units_for_bf16_sums_are_in_fp32(name, weights, monkeypatch):
+def test_without_units_for_bf16_sums_are_in_fp32(name, weights, bf16_emulated):
     """Of bf16 numbers and of weights as they are: nothing but what comes out is rounded."""
-    monkeypatch.setattr(speed, "emulated", lambda dtype: dtype == torch.bfloat16)
     make, shape = LAYERS[name]
     layer = make().to(weights)
     ours, plain, x = suited(layer, torch.bfloat16), layer.float(), normals(*shape).bfloat16()
@@ -98,9 +103,8 @@ def test_without_units_for_bf16_sums_are_in_fp32(name, weights, monkeypatch):
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("name", LAYERS)
-def test_for_the_backward_pass_no_more_is_kept_than_it_needs(name, frozen, monkeypatch):
+def test_for_the_backward_pass_no_more_is_kept_than_it_needs(name, frozen, bf16_emulated):
     """What came in, in bf16, where weights train; and the weights themselves."""
-    monkeypatch.setattr(speed, "emulated", lambda dtype: dtype == torch.bfloat16)
     make, shape = LAYERS[name]
     layer, kept = suited(make().bfloat16(), torch.bfloat16).requires_grad_(not frozen), []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
@@ -112,8 +116,7 @@ def test_for_the_backward_pass_no_more_is_kept_than_it_needs(name, frozen, monke
 @pytest.mark.parametrize(
     "make, shape", [(lambda: nn.Linear(96, 80), (5, 96)), (lambda: nn.Conv2d(24, 16, 3, 1, 1), (2, 24, 6, 6))]
 )
-def test_a_lora_works_beside_a_layer_in_fp32(make, shape, monkeypatch):
-    monkeypatch.setattr(speed, "emulated", lambda dtype: dtype == torch.bfloat16)
+def test_a_lora_works_beside_a_layer_in_fp32(make, shape, bf16_emulated):
     network = nn.ModuleDict({"up_blocks": nn.ModuleDict({"a": make()})}).bfloat16()
     lora.attach(network, lora.fresh(network, "all", 4, 4.0, 0.0, torch.Generator().manual_seed(0)), torch.float32)
     ours, plain = (x["up_blocks"]["a"].requires_grad_(False) for x in (suited(network, torch.bfloat16), network.float()))
@@ -127,8 +130,7 @@ def test_a_lora_works_beside_a_layer_in_fp32(make, shape, monkeypatch):
         assert error(one.float(), other) < 2**-6
 
 
-def test_attention_without_units_for_bf16_is_in_fp32(monkeypatch):
-    monkeypatch.setattr(speed, "emulated", lambda dtype: dtype == torch.bfloat16)
+def test_attention_without_units_for_bf16_is_in_fp32(bf16_emulated, monkeypatch):
     plain = Attention(32, 4)
     ours, seen = suited(plain, torch.bfloat16), []
     monkeypatch.setattr(

@@ -103,9 +103,10 @@ class Conv2d(nn.Conv2d):
         pads: Any = self.padding
         sides = zip(x.shape[2:], pads, self.kernel_size, self.stride, strict=True)
         size = [(side + 2 * pad - kernel) // step + 1 for side, pad, kernel, step in sides]
-        slow, one = emulated(wanted(x)), self.kernel_size == (1, 1)
+        dtype, one = wanted(x), self.kernel_size == (1, 1)
+        slow = emulated(dtype)
         matrices = one or self.in_channels * self.out_channels > 5000 * len(x) * math.prod(size)
-        if matrices and (wanted(x) != torch.float32 or torch.is_grad_enabled()):
+        if matrices and (dtype != torch.float32 or torch.is_grad_enabled()):
             # a place's gradient is a sum over the kernel's: in fp32, too
             columns = x if one else F.unfold(x.float(), self.kernel_size, padding=pads, stride=self.stride).to(x.dtype)
             columns = columns.flatten(2).transpose(0, 1).flatten(1).T
@@ -115,7 +116,7 @@ class Conv2d(nn.Conv2d):
             y = Product.apply(self.weight, x, (self.stride, pads))
         else:
             return super().forward(x)
-        return (y if self.bias is None else y + self.bias[:, None, None]).to(wanted(x)).contiguous()
+        return (y if self.bias is None else y + self.bias[:, None, None]).to(dtype).contiguous()
 
 
 class Attention(blocks.Attention):

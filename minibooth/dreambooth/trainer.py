@@ -119,8 +119,7 @@ class Trainer:
         self.encode()
         groups = self.weights.groups()
         betas = s.adam_beta1, s.adam_beta2
-        how = s.use_8bit_adam, self.seed, s.max_grad_norm
-        self.optimizer = AdamW(groups, betas, s.adam_epsilon, s.adam_weight_decay, *how)
+        self.optimizer = AdamW(groups, betas, s.adam_epsilon, s.adam_weight_decay, s.use_8bit_adam, self.seed, s.max_grad_norm)
         if s.fused_backward_pass:
             self.optimizer.step_in_backward()
         lean = s.use_8bit_adam or s.full_bf16  # updated by our own kernel
