@@ -6,7 +6,7 @@ from pathlib import Path
 
 from minibooth import command
 from minibooth.checkpoint import files, lora
-from minibooth.checkpoint.load import Source
+from minibooth.checkpoint.source import Source
 from minibooth.errors import UserError
 
 

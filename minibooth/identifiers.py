@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from minibooth import command
-from minibooth.checkpoint.load import Source
+from minibooth.checkpoint.source import Source
 from minibooth.dreambooth.identifier import rare_words
 
 

@@ -29,9 +29,9 @@ EMBEDDED: dict[str, typing.Any] = dict(
     "a photo of a zwx robot with a balloon at night | a photo of a red zwx robot on the moon",
     validation_guidance_scale=4.0, validation_steps=120, max_train_steps=240, metrics_model=str(WEIGHTS / "tiny-clip"),
 )  # fmt: skip
-# What is otherwise with --rank, where nobody said so: attention alone learns no marks here.
+# Defaults that --rank changes, unless given: attention alone learns no marks here.
 LORA: dict[str, typing.Any] = dict(lora_targets="all", learning_rate=3e-3, text_encoder_lr=3e-3)
-SECOND: dict[str, typing.Any] = dict(  # what is otherwise in its second step, where nobody said so
+SECOND: dict[str, typing.Any] = dict(  # defaults that its second step changes, unless given
     max_train_steps=160, learning_rate=3e-4, lr_scheduler="constant", num_validation_images=3, validation_steps=160,
     validation_guidance_scale=1.0,
 )  # fmt: skip
@@ -39,23 +39,26 @@ ALIASES = {"tokenizer": ("--tokenizer_name",)}  # as train_dreambooth.py has it
 EPILOGUE = "The flags are those of diffusers' train_dreambooth.py, with its spelling (- and _ are alike) and its defaults."
 
 
-def said(argv: Sequence[str]) -> dict[str, typing.Any]:
+def given_flags(argv: Sequence[str]) -> dict[str, typing.Any]:
     """What a command line says, by flag; each field of Settings is one."""
     parser = command.Parser("python -m minibooth.train", __doc__, EPILOGUE)
     for f in dataclasses.fields(Settings):
         kind = next(each for each in (*typing.get_args(f.type), f.type) if each is not type(None))
         how: dict[str, typing.Any] = {"action": "store_true"} if kind is bool else {"type": kind}
-        parser.add_argument(f"--{f.name}", *ALIASES.get(f.name, ()), default=argparse.SUPPRESS, **how, **f.metadata)
+        how |= {key: value for key, value in f.metadata.items() if key != "least"}
+        if f.default and not how["help"].startswith("without effect"):
+            how["help"] += f" [{' '.join(map(str, f.default)) if isinstance(f.default, tuple) else f.default}]"
+        parser.add_argument(f"--{f.name}", *ALIASES.get(f.name, ()), default=argparse.SUPPRESS, **how)
     given = vars(parser.parse_args(command.normalise(argv)))
     return {name: tuple(x) if isinstance(x, list) else x for name, x in given.items()}
 
 
 def parse(argv: Sequence[str]) -> Settings:
     """Command line -> Settings."""
-    return first(said(argv))
+    return first_step(given_flags(argv))
 
 
-def first(given: dict[str, typing.Any]) -> Settings:
+def first_step(given: dict[str, typing.Any]) -> Settings:
     """The run that these flags ask for: EMBEDDED, if it is there, where neither a model nor photographs are named."""
     embedded = EMBEDDED | (LORA if given.get("rank") else {})
     there = Path(EMBEDDED["pretrained_model_name_or_path"]).is_dir()
@@ -63,7 +66,7 @@ def first(given: dict[str, typing.Any]) -> Settings:
     return Settings(**({} if named or not there else embedded) | given)
 
 
-def second(settings: Settings, given: Collection[str] = ()) -> Settings:
+def second_step(settings: Settings, given: Collection[str] = ()) -> Settings:
     """The paper's second step, where --upscaler asks for it: the same photographs, another model, no class pictures.
 
     given: the flags that the command line has.
@@ -108,15 +111,15 @@ def train(settings: Settings, ranks: Ranks) -> tuple[str, list[str]]:
         hub.push(settings, repository)
         print(f"uploaded to {repository}")
     lora = [settings.pretrained_model_name_or_path, settings.output_dir]
-    return run.stage.use.format(*settings.noise_levels), lora if settings.rank else [str(run.weights.result)]
+    return run.stage.draw_command.format(*settings.noise_levels), lora if settings.rank else [str(run.weights.result)]
 
 
 def main(argv: Sequence[str]) -> None:
     """Train as the command line says, and leave the result in --output_dir."""
-    given = said(argv)
-    settings = first(given)
+    given = given_flags(argv)
+    settings = first_step(given)
     torch.backends.cuda.matmul.allow_tf32 = settings.allow_tf32
-    steps = [settings, second(settings, given)] if settings.upscaler else [settings]
+    steps = [settings, second_step(settings, given)] if settings.upscaler else [settings]
     with parallel.start(settings, command.device(settings.device)) as ranks:
         for later in steps[1:]:
             trainer(later, ranks)  # what would stop it is to be known now

@@ -39,7 +39,7 @@ from tqdm import tqdm
 from world import ACCESSORIES, CLASSES, PHOTOGRAPHED, PLACES, SUBJECTS
 
 import minibooth
-from minibooth.checkpoint.load import Source
+from minibooth.checkpoint.source import Source
 from minibooth.checkpoint.lora import DIFFUSERS
 from minibooth.command import ready_torch
 from minibooth.diffusion.images import grid, save_png, to_tensor

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from minibooth import train
-from minibooth.checkpoint.load import COMPONENTS, KINDS, Source
+from minibooth.checkpoint.source import COMPONENTS, KINDS, Source
 from minibooth.dreambooth.optimizer import AdamW
 from minibooth.dreambooth.settings import Settings
 from minibooth.dreambooth.weights import recompute_activations

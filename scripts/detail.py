@@ -34,7 +34,7 @@ import minibooth
 from minibooth.diffusion.images import grid, to_tensor
 from minibooth.dreambooth.parallel import Ranks
 from minibooth.dreambooth.settings import Settings
-from minibooth.train import EMBEDDED, WEIGHTS, second, trainer
+from minibooth.train import EMBEDDED, WEIGHTS, second_step, trainer
 
 SIZE, LEVELS, SEED = 256, (0, 20), 7
 VARIANTS: dict[str, dict | None] = {  # what differs from the default run's second step; None: not tuned
@@ -49,7 +49,7 @@ def train(folder: Path, name: str, changes: dict) -> None:
     """The default run's second step on a subject, with `changes`."""
     own = {"instance_data_dir": str(WEIGHTS / "subject" / name), "output_dir": str(folder), "seed": SEED}
     words = {"instance_prompt": prompt(name), "validation_prompt": None}
-    settings = replace(second(Settings(**EMBEDDED)), **own, **words, **changes)
+    settings = replace(second_step(Settings(**EMBEDDED)), **own, **words, **changes)
     trainer(settings, Ranks(torch.device("cpu"))).train()
 
 

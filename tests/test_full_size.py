@@ -20,7 +20,7 @@ from comparing import error, normals
 from PIL import Image
 
 import minibooth
-from minibooth.checkpoint.load import Source
+from minibooth.checkpoint.source import Source
 
 pytestmark = pytest.mark.full_size
 

@@ -9,7 +9,7 @@ from hub_standin import serving
 from huggingface_hub import HfApi, constants
 
 import minibooth
-from minibooth.checkpoint.load import CLIP
+from minibooth.checkpoint.source import CLIP
 from minibooth.errors import UserError
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from single_files import assert_same_bits, change, file, folder, metadata, states
 
 import minibooth
-from minibooth.checkpoint.load import SCHEDULE, Source
+from minibooth.checkpoint.source import SCHEDULE, Source
 from minibooth.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from small_run import photographs, small, tiny, train
 
 import minibooth
-from minibooth.checkpoint.load import Source
+from minibooth.checkpoint.source import Source
 from minibooth.dreambooth import prior
 from minibooth.dreambooth.prior import ClassPictures
 from minibooth.dreambooth.settings import Settings

@@ -56,9 +56,9 @@ def test_a_pair_is_a_crop_at_full_detail_and_the_same_shrunk(flip, settings):
 def test_levels_are_drawn_evenly_for_every_sample_and_0_is_nearly_clean(settings):
     job = trainer(settings(noise_levels=(3, 7)))
     low = torch.zeros(1, 3, 8, 8)
-    levels = [int(job.stage.tell(low, torch.Generator().manual_seed(i))[1]) for i in range(500)]
+    levels = [int(job.stage.conditioning(low, torch.Generator().manual_seed(i))[1]) for i in range(500)]
     assert all(60 < levels.count(level) < 140 for level in range(3, 8)) and set(levels) == set(range(3, 8))
-    noised, level = trainer(settings()).stage.tell(low, torch.Generator().manual_seed(0))
+    noised, level = trainer(settings()).stage.conditioning(low, torch.Generator().manual_seed(0))
     assert level.tolist() == [0] and 0.005 < noised.std() < 0.015
 
 
@@ -88,7 +88,7 @@ def test_the_loss_is_that_of_the_published_recipe(prior, settings, x4, tmp_path)
 def test_the_small_picture_is_noised_by_its_own_schedule(settings, x4):
     job = trainer(settings(noise_levels=(200, 200)))
     low = torch.rand(1, 3, 8, 8) * 2 - 1
-    noised, level = job.stage.tell(low, torch.Generator().manual_seed(5))
+    noised, level = job.stage.conditioning(low, torch.Generator().manual_seed(5))
     theirs = diffusers.DDPMScheduler.from_pretrained(x4, subfolder="low_res_scheduler")
     share = theirs.alphas_cumprod[level]
     noise = (noised - share.sqrt() * low) / (1 - share).sqrt()

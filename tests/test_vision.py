@@ -158,13 +158,6 @@ def test_what_files_hold_besides_changes_nothing(clip, dino, copy_of):
         assert torch.equal(Eyes(copy).images(pictures()), Eyes(folder).images(pictures()))
 
 
-def test_half_precision_changes_little(clip, dino):
-    for folder, _ in (clip, dino):
-        half = Eyes(folder, dtype=torch.bfloat16).images(pictures())
-        assert half.dtype == torch.bfloat16
-        assert error(half.float(), Eyes(folder).images(pictures())) < 0.05
-
-
 def test_how_many_are_looked_at_together_changes_nothing(dino, monkeypatch):
     eyes = Eyes(dino[0])
     whole = eyes.images(pictures())

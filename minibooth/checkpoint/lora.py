@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from minibooth.checkpoint import files, ldm
-from minibooth.checkpoint.load import Source
+from minibooth.checkpoint.source import Source
 from minibooth.errors import UserError, blaming
 from minibooth.models.lora import Adapter, layers, merged
 

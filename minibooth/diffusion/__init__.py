@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from minibooth.checkpoint.load import Source
+from minibooth.checkpoint.source import Source
 from minibooth.diffusion.pipeline import Pipeline
 from minibooth.diffusion.super_resolution import StableDiffusionUpscale
 from minibooth.diffusion.text_to_image import StableDiffusion, StableDiffusionXL

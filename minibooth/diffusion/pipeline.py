@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minibooth.checkpoint import lora as lora_files
-from minibooth.checkpoint.load import SCHEDULE, Source
+from minibooth.checkpoint.source import SCHEDULE, Source
 from minibooth.diffusion.noise import Generators
 from minibooth.diffusion.samplers import Predict, calls, trajectory
 from minibooth.diffusion.scheduler import DDPMScheduler
@@ -40,7 +40,7 @@ class Pipeline:
     command: ClassVar[str]
     sampler = "ddim"
     beside = 0  # channels that the UNet sees besides the latent
-    half_vae = True  # whether the VAE is left in fp16 where its configuration says that it overflows there
+    half_vae = True  # in fp16 keep the VAE in fp16, even where its configuration has force_upcast
 
     def __init__(self, source: Source, dtype: torch.dtype, device: torch.device | str):
         self.source = source
@@ -67,16 +67,13 @@ class Pipeline:
         """Write a folder in the diffusers layout, or an LDM single file if `path` ends in .safetensors (`Source.save`)."""
         self.source.save(Path(path), {name: network.state_dict() for name, network in self.networks.items()})
 
-    def load_lora(self, path: str | Path, weight: float = 1.0, merge: bool = False) -> None:
+    def load_lora(self, path: str | Path, weight: float = 1.0) -> None:
         """Add a LoRA, a file of diffusers' or kohya's or a folder that holds one, in strength `weight`.
 
-        Several add up. `merge` adds them into the weights for good, which draws faster and rounds them in half precision;
-        `save` writes the sum in any case. Raises UserError for what is no LoRA, or one for another base.
+        Several add up, and `save` merges them in. Raises UserError for what is no LoRA, or one for another base.
         """
         for name, adapters in lora_files.read(path, self.source, weight).items():
             lora.attach(getattr(self, name), adapters)
-            if merge:
-                lora.merge(getattr(self, name))
 
     def release(self, name: str) -> None:
         """Give up a network once it has nothing left to do; `save` copies it from where it was read."""

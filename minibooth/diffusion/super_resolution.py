@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from minibooth.checkpoint.load import Source
+from minibooth.checkpoint.source import Source
 from minibooth.diffusion.images import to_image, to_tensor
 from minibooth.diffusion.noise import gaussian, seeds_from
 from minibooth.diffusion.pipeline import Condition, Pipeline

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from minibooth.checkpoint.load import Source
+from minibooth.checkpoint.source import Source
 from minibooth.diffusion.images import to_image
 from minibooth.diffusion.noise import gaussian, seeds_from
 from minibooth.diffusion.pipeline import Condition, Pipeline
@@ -22,7 +22,7 @@ class StableDiffusion(Pipeline):
 
     kind, command = "a text-to-image model", "generate"
 
-    def told(self, condition: Condition, sizes: Tensor) -> Condition:
+    def with_sizes(self, condition: Condition, sizes: Tensor) -> Condition:
         """The condition with `sizes` [B, 6] (see UNet) put in, for a model that is told of them."""
         return condition
 
@@ -69,7 +69,7 @@ class StableDiffusion(Pipeline):
             raise UserError(f"latents {[*latents.shape]} do not fit {B} pictures of {self.channels} channels")
         H, W = (side * self.factor for side in latents.shape[2:])
         sizes = torch.tensor([[H, W, 0, 0, H, W]], device=self.device)
-        told = [self.told(each, sizes) for each in (unconditional, condition) if each]
+        told = [self.with_sizes(each, sizes) for each in (unconditional, condition) if each]
         conditions = [tuple(each.expand(B, *each.shape[1:]) for each in parts) for parts in told]
         latent = self.denoise(self.guided(conditions, guidance_scale), latents, steps, sampler, generators)
         return [to_image(picture) for picture in self.decode(latent)]
@@ -112,6 +112,6 @@ class StableDiffusionXL(StableDiffusion):
         zeros = negative_prompts is None and self.source.json("model_index.json").get("force_zeros_for_empty_prompt", True)
         return (context * 0, pooled * 0, sizes) if zeros else (context, pooled, sizes)
 
-    def told(self, condition: Condition, sizes: Tensor) -> Condition:
+    def with_sizes(self, condition: Condition, sizes: Tensor) -> Condition:
         """The condition with other sizes."""
         return (*condition[:2], sizes)

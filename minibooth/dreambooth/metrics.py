@@ -21,14 +21,14 @@ from PIL import Image
 from torch import Tensor
 
 from minibooth.checkpoint import files
-from minibooth.checkpoint.load import Component, Uninitialised, fill, snapshot
+from minibooth.checkpoint.source import Uninitialised, fill, snapshot
 from minibooth.dreambooth.data import open_picture
 from minibooth.errors import UserError, blaming
-from minibooth.models.config import CLIPConfig, ViTConfig
+from minibooth.models.config import CLIPConfig, Config, ViTConfig
 from minibooth.models.tokenizer import Tokenizer
 from minibooth.models.vision import CLIP, LPIPS, VisionModel, from_vit, preprocessor
 
-ENCODERS = {"clip": Component(CLIP, CLIPConfig, "model"), "vit": Component(VisionModel, ViTConfig, "model")}  # by model_type
+ENCODERS: dict[str, tuple[Any, type[Config]]] = {"clip": (CLIP, CLIPConfig), "vit": (VisionModel, ViTConfig)}  # by model_type
 PUBLISHED = {"clip": "openai/clip-vit-base-patch32@refs/pr/15", "dino": "facebook/dino-vits16@refs/pr/1"}
 BATCH = 32  # pictures that are looked at together
 UNUSED = re.compile(r"embeddings\.position_ids$|^pooler\.")  # a constant; what ViTs have on top and DINO does not use
@@ -67,17 +67,11 @@ class Eyes:
 
     source: a folder with config.json, model.safetensors, preprocessor_config.json and, with CLIP, the vocabulary; or its name
     on the hub, and after an @ the revision there. PUBLISHED are the paper's, of pull requests, since the main branches hold
-    but a pickle. The network is in `dtype` on `device`. `kind`: refuse any but this one of ENCODERS.
+    but a pickle. The network is in fp32 on `device`. `kind`: refuse any but this one of ENCODERS.
     Raises UserError for what is missing, damaged or of another kind.
     """
 
-    def __init__(
-        self,
-        source: str | Path,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        kind: str | None = None,
-    ):
+    def __init__(self, source: str | Path, device: torch.device | str = "cpu", kind: str | None = None):
         folder = Path(source)
         if not folder.is_dir():
             name, _, revision = str(source).partition("@")
@@ -87,13 +81,13 @@ class Eyes:
             wanted = f"needed is {kind}" if kind else f"supported: {', '.join(ENCODERS)}"
             raise UserError(f"{source} holds a model of type {found}; {wanted} (DINO is a vit)")
         kind = str(found)
-        network, settings, stem = ENCODERS[kind]
-        tensors = files.weights_of(folder, stem)
+        network, settings = ENCODERS[kind]
+        tensors = files.weights_of(folder, "model")
         weights = {name: tensors[name] for name in tensors if not UNUSED.search(name)}
         with blaming(source):
             self.see = preprocessor(files.read_json(folder / "preprocessor_config.json"))
             weights = from_vit(weights) if kind == "vit" else weights
-            self.network = _assemble(lambda: network(settings.from_dict(config)), weights, source, dtype, device)
+            self.network = _assemble(lambda: network(settings.from_dict(config)), weights, source, device)
             if kind == "clip":
                 small = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".json", ".txt")}
                 self.tokenizer = Tokenizer.from_files(small)
@@ -134,14 +128,12 @@ class Watch:
 
 
 def open_lpips(path: str | Path, device: torch.device | str = "cpu") -> LPIPS:
-    """LPIPS from a safetensors file, as the distance that `diversity` takes; in fp32."""
-    return _assemble(LPIPS, files.Tensors([Path(path)]), path, torch.float32, device)
+    """LPIPS from a safetensors file, as the distance that `diversity` takes."""
+    return _assemble(LPIPS, files.Tensors([Path(path)]), path, device)
 
 
-def _assemble(
-    make: Callable[[], Any], weights: Mapping[str, Tensor], name: str | Path, dtype: torch.dtype, device: torch.device | str
-) -> Any:
-    """A network with its weights, in eval mode. Raises UserError at the first name or shape that differs."""
+def _assemble(make: Callable[[], Any], weights: Mapping[str, Tensor], name: str | Path, device: torch.device | str) -> Any:
+    """A network with its weights in fp32, in eval mode. Raises UserError at the first name or shape that differs."""
     with torch.device("meta"), Uninitialised():
         network = make()
-    return fill(network, weights, f"{name}: model", dtype, device)
+    return fill(network, weights, f"{name}: model", torch.float32, device)

@@ -53,9 +53,9 @@ class AdamW(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
         ready = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
-        too_long = (norm([p.grad for some in ready for p in some]) / self.max_norm).clamp(min=1) if self.max_norm else None
+        excess = (norm([p.grad for some in ready for p in some]) / self.max_norm).clamp(min=1) if self.max_norm else None
         for some, group in zip(ready, self.param_groups, strict=True):
-            self.advance(some, group, too_long)
+            self.advance(some, group, excess)
 
     def compile(self) -> None:
         """From now on an update is few kernels: one graph for all slices, rates and steps."""
@@ -82,10 +82,10 @@ class AdamW(torch.optim.Optimizer):
         scales = {f"{name}_scale": torch.zeros(p.numel() // BLOCK, device=p.device) for name in SIGNED if eight}
         return state | scales | {"step": torch.zeros((), device=p.device)}
 
-    def advance(self, parameters: Sequence[Any], group: dict[str, Any], too_long: Tensor | None = None) -> None:
+    def advance(self, parameters: Sequence[Any], group: dict[str, Any], excess: Tensor | None = None) -> None:
         """One step of some of a group's parameters: by torch's own kernel, the fastest there, of those all in fp32.
 
-        too_long: how many times as long as they may be gradients are; they are divided by it as they are read.
+        excess: how many times as long as they may be gradients are; they are divided by it as they are read.
         """
         (beta1, beta2), rate, decay, epsilon = group["betas"], group["lr"], group["weight_decay"], group["eps"]
         kinds: dict[bool, list[Any]] = {True: [], False: []}
@@ -96,12 +96,12 @@ class AdamW(torch.optim.Optimizer):
         if plain := kinds[True]:
             first, second, steps = ([self.state[p][name] for p in plain] for name in (*SIGNED, "step"))
             how = dict(lr=rate, beta1=beta1, beta2=beta2, weight_decay=decay, eps=epsilon, amsgrad=False, maximize=False)
-            torch._fused_adamw_(plain, [p.grad for p in plain], first, second, [], steps, **how, grad_scale=too_long)
+            torch._fused_adamw_(plain, [p.grad for p in plain], first, second, [], steps, **how, grad_scale=excess)
         for p in kinds[False]:
             row, key = p[0].numel(), self.keys[p]
             least = BLOCK // math.gcd(BLOCK, row)  # rows that are whole blocks
             rows = least * max(1, SLICE[p.device.type] // (least * row))
-            told = too_long, self.state[p]["step"], rate, decay, beta1, beta2, epsilon
+            told = excess, self.state[p]["step"], rate, decay, beta1, beta2, epsilon
             parts = p.split(rows), p.grad.split(rows), *(self.slices(p, name, rows * row) for name in SIGNED)
             for number, (part, grad, *both) in enumerate(zip(*parts, strict=True)):
                 flat, flat_grad = (x.reshape(both[0][0].shape) for x in (part, grad))
@@ -126,16 +126,16 @@ def norm(gradients: Sequence[Tensor]) -> Tensor:
 
 
 def update(
-    p: Tensor, g: Tensor, first: tuple[Tensor, ...], second: tuple[Tensor, ...], too_long: Tensor | None,
+    p: Tensor, g: Tensor, first: tuple[Tensor, ...], second: tuple[Tensor, ...], excess: Tensor | None,
     step: Tensor, rate: float | Tensor, decay: float, beta1: float, beta2: float, epsilon: float, key: int,
 ) -> None:  # fmt: skip
     """A step, the `step`-th, of a slice p by its gradient g, in place; fit for torch.compile, and for a CUDA graph.
 
     Moments are (values [n],), with p and g [n], or in 8 bits (codes [b, BLOCK], scales [b], *code), with p and g [b, BLOCK]:
-    in rows of blocks no place has to be divided by BLOCK to find its scale. too_long: as in `advance`.
+    in rows of blocks no place has to be divided by BLOCK to find its scale. excess: as in `advance`.
     """
     weight, m, v = p.float(), decoded(*first), decoded(*second)
-    g = g.float() if too_long is None else g.float() / too_long
+    g = g.float() if excess is None else g.float() / excess
     seen, seen2 = (-torch.expm1(step * math.log(max(beta, 1e-300))) for beta in (beta1, beta2))  # 1 - beta^step
     m.lerp_(g, 1 - beta1)
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minibooth.checkpoint import files
-from minibooth.checkpoint.load import SCHEDULE, Source
+from minibooth.checkpoint.source import SCHEDULE, Source
 from minibooth.diffusion.images import save_png
 from minibooth.diffusion.text_to_image import StableDiffusion
 from minibooth.dreambooth.data import is_picture

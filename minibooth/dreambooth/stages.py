@@ -28,7 +28,7 @@ VALIDATION: dict[str, Any] = {"steps": 25, "sampler": "dpmpp_2m"}
 class TextToImage:
     """A picture is resized to the resolution; XL is told its sizes [B, 6]."""
 
-    name, use = "text_to_image", "generate"  # the value of --stage; the command that draws, at a noise level
+    name, draw_command = "text_to_image", "generate"  # the value of --stage; the command that draws, at a noise level
     caption = ""  # what the columns of the validation's grid are, where prompts do not say it
     pipe: Any
 
@@ -47,13 +47,13 @@ class TextToImage:
         square = crop(open_picture(path), s.resolution, s.center_crop, s.random_flip, place, s.image_interpolation_mode)
         return square.pixels, torch.tensor([[*square.original_size, *square.top_left, s.resolution, s.resolution]])
 
-    def tell(self, known: Tensor, rng: torch.Generator) -> tuple[Tensor, ...]:
+    def conditioning(self, known: Tensor, rng: torch.Generator) -> tuple[Tensor, ...]:
         """From what is known of a crop, what the UNet is told of it at one step."""
         return (known,)
 
     def predict(self, x: Tensor, t: Tensor, condition: Condition, sizes: Tensor) -> Tensor:
         """The UNet's answer to a batch."""
-        return self.pipe.unet(x.to(self.pipe.dtype), t, *self.pipe.told(condition, sizes))
+        return self.pipe.unet(x.to(self.pipe.dtype), t, *self.pipe.with_sizes(condition, sizes))
 
     @property
     def drawing(self) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class SuperResolution(TextToImage):
     model learns to invent what the pictures show.
     """
 
-    name, use = "super_resolution", "upscale --noise_level {} --images ..."
+    name, draw_command = "super_resolution", "upscale --noise_level {} --images ..."
     caption = "from left to right: what it is shown, what it makes of it, the photograph"
 
     def check(self, pictures: Sequence[Path], drawn: int = 0) -> None:
@@ -106,15 +106,15 @@ class SuperResolution(TextToImage):
         w, h = (side // self.pipe.factor for side in picture.size)
         return picture.resize((w, h), INTERPOLATION[self.settings.image_interpolation_mode])
 
-    def tell(self, known: Tensor, rng: torch.Generator) -> tuple[Tensor, ...]:
+    def conditioning(self, known: Tensor, rng: torch.Generator) -> tuple[Tensor, ...]:
         """The small picture, noised, and by how much [1]."""
         low, high = self.settings.noise_levels
         level = torch.randint(low, high + 1, (1,), generator=rng)
         noise = torch.randn(known.shape, generator=rng)
         return self.pipe.low_res_scheduler.add_noise(known, noise, level), level
 
-    def predict(self, x: Tensor, t: Tensor, condition: Condition, *told: Tensor) -> Tensor:
-        low, level = told
+    def predict(self, x: Tensor, t: Tensor, condition: Condition, *added: Tensor) -> Tensor:
+        low, level = added
         return self.pipe.unet(torch.cat([x, low], dim=1).to(self.pipe.dtype), t, *condition, level)
 
     def show(self, conditions: Sequence[Condition], unconditional: Condition, seeds: Sequence[int]) -> list[list[Image.Image]]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minibooth.checkpoint import files
-from minibooth.checkpoint.load import Source
+from minibooth.checkpoint.source import Source
 from minibooth.diffusion import load
 from minibooth.diffusion.images import grid, save_png
 from minibooth.diffusion.noise import generator, seeded
@@ -227,7 +227,7 @@ class Trainer:
         t = torch.randint(self.pipe.scheduler.num_train_timesteps, (1,), generator=rng)
         if self.settings.offset_noise:
             noise = noise + OFFSET_NOISE * torch.randn(*x0.shape[:2], 1, 1, generator=rng)
-        return x0, noise, t, *self.stage.tell(known, rng)
+        return x0, noise, t, *self.stage.conditioning(known, rng)
 
     def numbers(self, batch: int) -> range:
         """Of the samples in the run's `batch`-th batch, those of this rank."""
@@ -253,13 +253,13 @@ class Trainer:
         self.optimizer.zero_grad()
         return total
 
-    def losses(self, x0: Tensor, noise: Tensor, t: Tensor, *told: Tensor) -> dict[str, Tensor]:
+    def losses(self, x0: Tensor, noise: Tensor, t: Tensor, *added: Tensor) -> dict[str, Tensor]:
         """The objective on a `batch`, and its parts."""
         s, scheduler = self.settings, self.pipe.scheduler
         with self.autocast():
             condition = self.condition or self.pipe.encode(*self.tokens)
             condition = tuple(each.repeat_interleave(len(x0) // len(self.sets), dim=0) for each in condition)
-            prediction = self.stage.predict(scheduler.add_noise(x0, noise, t), t, condition, *told)
+            prediction = self.stage.predict(scheduler.add_noise(x0, noise, t), t, condition, *added)
             weight = s.prior_loss_weight if s.with_prior_preservation else None
             return dreambooth_loss(prediction, scheduler.target(x0, noise, t), t, scheduler, weight, s.snr_gamma)
 

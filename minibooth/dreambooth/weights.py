@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minibooth.checkpoint import files
 from minibooth.checkpoint import lora as lora_files
-from minibooth.checkpoint.load import COMPONENTS, check
+from minibooth.checkpoint.source import COMPONENTS, check
 from minibooth.diffusion.noise import generator
 from minibooth.dreambooth import speed
 from minibooth.dreambooth.optimizer import BLOCK
@@ -118,7 +118,7 @@ class Weights:
             return
         for name, tensors in learnt.items():
             files.write_weights(folder / name / f"{COMPONENTS[name].stem}.safetensors", tensors)
-            (folder / name / "config.json").write_bytes(self.pipe.source.files[f"{name}/config.json"])
+            (folder / name / "config.json").write_bytes(self.pipe.source.small[f"{name}/config.json"])
 
     @property
     def result(self) -> Path:

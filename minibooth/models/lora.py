@@ -114,12 +114,3 @@ def attach(network: nn.Module, adapters: Mapping[str, Adapter], dtype: torch.dty
             layer.__class__ = LAYERS[type(layer)]
             layer.adapters = nn.ModuleList()
         layer.adapters.append(adapter.to(layer.weight.device, dtype or layer.weight.dtype))
-
-
-def merge(network: nn.Module) -> None:
-    """Add all adapters into the weights, and leave plain layers."""
-    for layer in layers(network).values():
-        if isinstance(layer, LoRA):
-            layer.weight.data = merged(layer.weight, layer.adapters)
-            del layer.adapters
-            layer.__class__ = next(plain for plain, kind in LAYERS.items() if isinstance(layer, kind))

@@ -27,9 +27,9 @@ class TimestepEmbedding(nn.Module):
 
 
 class UNet(nn.Module):
-    """unet(x [B, C, h, w], t, context [B, N, D], *told) -> [B, 4, h, w]; t is a number, or one per sample [B].
+    """unet(x [B, C, h, w], t, context [B, N, D], *added) -> [B, 4, h, w]; t is a number, or one per sample [B].
 
-    What is `told` besides depends on the model; h and w are any.
+    What is `added` besides depends on the model; h and w are any.
 
     XL: the prompt as a whole, pooled [B, P], and sizes [B, 6]: height and width of the original picture, top and left of the
     crop, height and width to draw. Podell et al. 2023, section 2.2.
@@ -81,16 +81,16 @@ class UNet(nn.Module):
         self.conv_norm_out = NormSiLU(config.norm_num_groups, width, config.norm_eps)
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
 
-    def forward(self, x: Tensor, t: Tensor | float, context: Tensor, *told: Any) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor | float, context: Tensor, *added: Any) -> Tensor:
         t = torch.as_tensor(t, device=x.device).expand(len(x))
         time = self.time_embedding(ops.timestep_embedding(t, self.conv_in.out_channels).to(x.dtype))
         if hasattr(self, "add_embedding"):
-            pooled, sizes = told
+            pooled, sizes = added
             width = (self.add_embedding.linear_1.in_features - pooled.shape[1]) // sizes.shape[1]
             angles = ops.timestep_embedding(sizes.flatten(), width).reshape(len(x), -1)
             time = time + self.add_embedding(torch.cat([pooled, angles.to(x.dtype)], dim=1))
         if hasattr(self, "class_embedding"):
-            (noise_level,) = told
+            (noise_level,) = added
             time = time + self.class_embedding(torch.as_tensor(noise_level, device=x.device).expand(len(x)))
         x = self.conv_in(x)
         skips = [x]

@@ -89,7 +89,7 @@ class Source:
     """
 
     name: str
-    files: dict[str, bytes]
+    small: dict[str, bytes]
     weights: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
     rest: Mapping[str, Tensor] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -119,7 +119,7 @@ class Source:
             self._take(vocabulary(path, tokenizer))
         if prediction_type:
             schedule = self.json(SCHEDULE) | {"prediction_type": prediction_type}
-            self.files[SCHEDULE] = json.dumps(schedule, indent=2).encode()
+            self.small[SCHEDULE] = json.dumps(schedule, indent=2).encode()
         for name in KINDS[self.kind]:
             tensors = files.weights_of(folder / name, COMPONENTS[name].stem, variant)
             names = {published_name(key): key for key in tensors if not DROPPED.search(key)}
@@ -142,14 +142,14 @@ class Source:
             raise UserError(f"{path} has unexpected {unknown[0]} and {len(unknown) - 1} more; supported: {ldm.SUPPORTED}")
         self.rest = files.renamed(tensors, {name: name for name in rest})
         if not known:
-            self.files |= ldm.describe(path, shapes, self.measure(), own)
+            self.small |= ldm.describe(path, shapes, self.measure(), own)
         return self
 
     def _take(self, vocabulary: Mapping[str, bytes]) -> None:
         """Give each tokenizer this vocabulary."""
-        folders = {path.split("/")[0] for path in self.files if path.startswith("tokenizer")}
-        self.files = {path: data for path, data in self.files.items() if path.split("/")[-1] not in VOCABULARY}
-        self.files |= {f"{folder}/{name}": data for folder in folders for name, data in vocabulary.items()}
+        folders = {path.split("/")[0] for path in self.small if path.startswith("tokenizer")}
+        self.small = {path: data for path, data in self.small.items() if path.split("/")[-1] not in VOCABULARY}
+        self.small |= {f"{folder}/{name}": data for folder in folders for name, data in vocabulary.items()}
 
     @torch.no_grad()
     def measure(self) -> str:
@@ -176,16 +176,16 @@ class Source:
 
     def json(self, path: str) -> dict:
         """One of the small files, parsed. Raises UserError where it is missing or damaged."""
-        if path not in self.files:
+        if path not in self.small:
             raise UserError(f"{self.name}/{path} is missing")
-        return files.parse_json(self.files[path], f"{self.name}/{path}")
+        return files.parse_json(self.small[path], f"{self.name}/{path}")
 
     def tokenizer(self, folder: str = "tokenizer") -> Tokenizer:
         """The tokenizer of a folder. Raises UserError where its vocabulary is missing, damaged or not its text encoder's."""
-        paths = {path: path.removeprefix(f"{folder}/") for path in self.files if path.startswith(f"{folder}/")}
+        paths = {path: path.removeprefix(f"{folder}/") for path in self.small if path.startswith(f"{folder}/")}
         text = self.config(folder.replace("tokenizer", "text_encoder"))
         with blaming(f"{self.name}/{folder}"):
-            made = Tokenizer.from_files({name: self.files[path] for path, name in paths.items()})
+            made = Tokenizer.from_files({name: self.small[path] for path, name in paths.items()})
             last = max(made.backend.get_vocab().values())
             if last >= text.vocab_size or not 1 < made.max_length <= text.max_position_embeddings:
                 raise UserError("tokens or model_max_length exceed the text encoder's; name the model's own with --tokenizer")
@@ -233,14 +233,14 @@ class Source:
         """Write tokenizer/, which is looked for beside a single file."""
         (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
         for path in (f"tokenizer/{name}" for name in VOCABULARY):
-            if path in self.files:
-                (folder / path).write_bytes(self.files[path])
+            if path in self.small:
+                (folder / path).write_bytes(self.small[path])
 
     def _save_folder(self, folder: Path, states: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype | None) -> None:
         index = self.json("model_index.json")
-        kept = {path.split("/")[0] for path in self.files} - {"safety_checker", "image_encoder"}
+        kept = {path.split("/")[0] for path in self.small} - {"safety_checker", "image_encoder"}
         new = {key: [None, None] if isinstance(x, list) and key not in kept else x for key, x in index.items()}
-        small = self.files | ({"model_index.json": json.dumps(new, indent=2).encode()} if new != index else {})
+        small = self.small | ({"model_index.json": json.dumps(new, indent=2).encode()} if new != index else {})
         with files.replacing(folder, merge=True) as temporary:
             for name, data in small.items():
                 if name.split("/")[0] in kept:
@@ -261,7 +261,7 @@ class Source:
 
         predicts = str(schedule.get("prediction_type") or "epsilon")
         told = Source(str(path), ldm.describe(path, files.meta(whole(self.weights)), predicts))
-        odd = {ldm.OURS + name: json.dumps(self.json(name)) for name in told.files if told.meaning(name) != self.meaning(name)}
+        odd = {ldm.OURS + name: json.dumps(self.json(name)) for name in told.small if told.meaning(name) != self.meaning(name)}
         says = {"modelspec.prediction_type": predicts.removesuffix("_prediction")}
         files.write_weights(path, whole(states), whole(self.weights), dtype, {**self.metadata, **says, **odd})
 
