@@ -39,8 +39,8 @@ from tqdm import tqdm
 from world import ACCESSORIES, CLASSES, PHOTOGRAPHED, PLACES, SUBJECTS
 
 import minibooth
-from minibooth.checkpoint.source import Source
 from minibooth.checkpoint.lora import DIFFUSERS
+from minibooth.checkpoint.source import Source
 from minibooth.command import ready_torch
 from minibooth.diffusion.images import grid, save_png, to_tensor
 from minibooth.diffusion.text_to_image import StableDiffusion

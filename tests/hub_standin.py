@@ -50,7 +50,8 @@ class Hub:
     # ---- the protocol: each method answers with an object to be sent as JSON, or with a file's bytes
 
     def info(self, repo: str, revision: str, body: bytes) -> dict:
-        return {"id": repo, "sha": self.commit(repo), "private": False, "tags": [], "siblings": []}
+        siblings = [{"rfilename": path} for path in self.repositories[repo]]
+        return {"id": repo, "sha": self.commit(repo), "private": False, "tags": [], "siblings": siblings}
 
     def tree(self, repo: str, revision: str, body: bytes) -> list:
         files = self.repositories[repo].items()

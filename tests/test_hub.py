@@ -5,7 +5,7 @@ import shutil
 import pytest
 import single_files
 import torch
-from hub_standin import serving
+from hub_standin import ROUTES, Hub, serving
 from huggingface_hub import HfApi, constants
 
 import minibooth
@@ -74,6 +74,39 @@ def test_one_variant_is_drawn_and_then_read_from_the_cache(hub, monkeypatch, sd1
     assert torch.equal(again.unet.conv_out.weight, first.unet.conv_out.weight)
     with pytest.raises(UserError, match="owner/small"):
         minibooth.load("owner/small")  # the other variant was never drawn
+
+
+def test_what_lacks_the_variant_is_drawn_as_it_is(hub, sd1, copy_of):
+    folder = copy_of(sd1)
+    unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    shutil.copy(unet, unet.with_suffix(".non_ema.safetensors"))
+    hub.add("owner/small", folder)
+    minibooth.load("owner/small", variant="non_ema")
+    weights = {path for path in hub.downloads if path.endswith("safetensors")}
+    others = {"text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"}
+    assert weights == {"unet/diffusion_pytorch_model.non_ema.safetensors", *others}
+
+
+def test_what_is_there_in_place_of_the_weights_is_named(hub, sd1, copy_of):
+    """A variant alone, or a pickle alone; and neither is drawn."""
+    half, pickle = "the variants there are fp16: see --variant", "only a pickle (model.bin)"
+    for suffix, said in ((".fp16.safetensors", half), (".bin", pickle)):
+        folder = copy_of(sd1, suffix)
+        for path in [*folder.rglob("*.safetensors")]:
+            path.rename(path.with_suffix(suffix))
+        hub.add("owner/small", folder)
+        with pytest.raises(UserError) as caught:
+            minibooth.load("owner/small")
+        assert "owner/small/text_encoder" in str(caught.value) and said in str(caught.value)
+        assert not [path for path in hub.downloads if path.endswith(("safetensors", "bin"))]
+
+
+def test_an_answer_that_is_not_the_hubs_is_told_in_one_line(hub, sd1, monkeypatch):
+    hub.add("owner/small", sd1)
+    tree = next(route for route, answer in ROUTES.items() if answer == Hub.tree)
+    monkeypatch.setitem(ROUTES, tree, lambda hub, **named: b"<html>")  # as a hotel's network answers
+    with pytest.raises(UserError, match="owner/small .*could not be had from the hub"):
+        minibooth.load("owner/small")
 
 
 def test_the_vocabulary_of_single_files_is_drawn_once(hub, tmp_path):

@@ -369,6 +369,25 @@ def test_old_names_are_read_and_todays_written(kind, tmp_path):
     assert_same_bits(load_file(tmp_path / "again.safetensors"), load_file(file(kind)))
 
 
+def test_what_other_programs_call_otherwise_is_read(tmp_path):
+    """Stable Diffusion 2 as sgm has it; XL by diffusers' own script, which keeps the projection as a linear layer's."""
+
+    def sgm(tensors):
+        return {name.replace("cond_stage_model.", "conditioner.embedders.0."): x for name, x in tensors.items()}
+
+    def script(tensors):
+        return without(linear)(tensors) | {f"{linear}.weight": tensors[linear].T.contiguous()}
+
+    linear = "conditioner.embedders.1.model.text_projection"
+    for kind, edit in (("sd2", sgm), ("sdxl", script)):
+        path = change(file(kind), tmp_path / f"{kind}.safetensors", edit)
+        assert load_file(path).keys() != load_file(file(kind)).keys()
+        pipe = minibooth.load(path, tokenizer=folder(kind), prediction_type="v_prediction" if kind == "sd2" else None)
+        assert_same_bits(states(pipe), states(minibooth.load(folder(kind))))
+        pipe.save(tmp_path / "again.safetensors")
+        assert_same_bits(load_file(tmp_path / "again.safetensors"), load_file(file(kind)))
+
+
 def test_the_average_is_taken_where_it_is_asked_for(tmp_path):
     path = change(file("sd1"), tmp_path / "x.safetensors", with_everything("sd1"))
     left, taken = (minibooth.load(path, tokenizer=folder("sd1"), ema=ema) for ema in (False, True))
@@ -533,6 +552,8 @@ REFUSED = {
     "pix2pix": ("sd1", channels(8), "an InstructPix2Pix"),
     "half an upscaler": ("sd1", channels(7), "not a text-to-image model: its UNet takes 7 channels"),
     "refiner": ("sdxl", refiner, "the refiner of Stable Diffusion XL"),
+    "playground": ("sdxl", lambda x: x | {"edm_mean": torch.zeros(4)}, "Playground v2.5"),
+    "cosxl": ("sdxl", lambda x: x | {"edm_vpred.sigma_max": torch.tensor(120.0)}, "CosXL"),
     "no vae": ("sd1", without(VAE), r"lacks its vae \(first_stage_model"),
     "no text encoder": ("sd2", without("cond_stage_model"), r"lacks its text_encoder \(cond_stage_model"),
     "unet alone": ("sdxl", without(VAE, "conditioner"), "lacks its vae .* and text_encoder .* and text_encoder_2"),

@@ -138,6 +138,32 @@ def test_a_variant_is_read_where_it_is_asked_for(sd1, copy_of):
     assert "fp16: see --variant" in refusal(folder)
 
 
+def test_what_lacks_a_variant_that_others_have_is_read_as_it_is(sd1, copy_of):
+    """As diffusers does; of Stable Diffusion 1.5 the UNet alone is there as non_ema."""
+    folder = copy_of(sd1)
+    shutil.copy(weights(folder, "unet"), weights(folder, "unet", ".ema"))
+    rewrite(folder, lambda tensors: {key: x + 1 for key, x in tensors.items()}, ["unet"], infix=".non_ema")
+    expected = {key: x + key.startswith("unet.") for key, x in states(minibooth.load(sd1)).items()}
+    assert_equal(states(minibooth.load(folder, variant="non_ema")), expected)
+    assert "the variants there are ema, non_ema" in refusal(folder)
+    assert "the variants there are without a name" in refusal(sd1, variant="non_ema")
+
+
+def test_what_diffusers_ema_notes_of_itself_says_nothing_of_the_network(sd1, copy_of):
+    folder = copy_of(sd1)
+    counters = dict(decay=0.9999, min_decay=0.0, optimization_step=100, update_after_step=5)
+    edit(folder / "unet" / "config.json", inv_gamma=1.0, power=0.75, use_ema_warmup=True, **counters)
+    assert_equal(states(minibooth.load(folder)), states(minibooth.load(sd1)))
+
+
+@pytest.mark.parametrize("version, size, meant", [("0.6.0", 32, 64), ("0.6.0", 96, 96), ("0.9.0", 32, 32), (None, 32, 32)])
+def test_the_first_versions_of_diffusers_wrote_a_wrong_size(sd1, copy_of, version, size, meant):
+    """As diffusers' own pipeline reads it (StableDiffusionPipeline.__init__)."""
+    folder = copy_of(sd1)
+    edit(folder / "unet" / "config.json", sample_size=size, _diffusers_version=version)
+    assert minibooth.load(folder).latent_size(None, None) == (meant, meant)
+
+
 def test_a_tokenizer_of_one_file_gives_the_same_ids(checkpoint, copy_of):
     folder = copy_of(checkpoint)
     made = Backend(models.BPE.from_file(*(str(folder / "tokenizer" / name) for name in ("vocab.json", "merges.txt"))))
@@ -241,7 +267,7 @@ MALFORMED = {  # of a folder's small files, keys and what they might say
     },
     "scheduler/scheduler_config.json": {
         "_class_name": (None, 1, [1]), "beta_schedule": ([1], {}), "beta_start": ("x", [1], -0.1, 0, 1.5),
-        "beta_end": ("x", -0.1, 1.5), "steps_offset": ("x", [1], 1.5), "num_train_timesteps": ("x", 0, -1, 1.5),
+        "beta_end": ("x", -0.1, 1.5), "num_train_timesteps": ("x", 0, -1, 1.5),
         "trained_betas": ("x", 1, [1], ["x"], {}),
     },
     "tokenizer/tokenizer_config.json": {
@@ -407,6 +433,15 @@ def with_safety_checker(folder):
     save_file({"a": torch.zeros(1)}, folder / "safety_checker" / "model.safetensors")
     write_json(folder / "feature_extractor" / "preprocessor_config.json", {"crop_size": 224, "size": 224})
     return folder
+
+
+def test_what_a_run_left_beside_the_pipeline_is_not_written_with_it(sd1, copy_of, tmp_path):
+    """A run's folder is a pipeline's, too; its checkpoints are not the next run's."""
+    folder = copy_of(sd1)
+    for name in ("checkpoint-4/state.json", "upscaler/run.json", "class/drawn-0/manifest.json"):
+        write_json(folder / name, {})
+    minibooth.load(folder).save(tmp_path / "saved")
+    assert content(tmp_path / "saved").keys() == content(sd1).keys()
 
 
 def test_the_safety_checker_is_left_behind(sd1, copy_of, tmp_path):

@@ -1,9 +1,13 @@
 """Pictures are those of diffusers' pipeline, and a seed means one picture whatever is drawn beside it."""
 
+import json
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from comparing import difference, pixels
+from conftest import write_json
 
 import minibooth
 from minibooth.errors import UserError
@@ -61,6 +65,25 @@ def test_a_seed_means_what_it_means_in_diffusers(ours, theirs):
     generators = [torch.Generator().manual_seed(seed) for seed in (41, 42)]
     expected = as_diffusers(theirs, "ddim", PROMPTS, NEGATIVES, 64, 64, 2, 7.5, generator=generators)
     assert difference(ours.generate(PROMPTS, NEGATIVES, 64, 64, 2, seed=41), expected) <= 2
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "pndm"])
+@pytest.mark.parametrize("said", [{}, {"clip_sample": True, "steps_offset": 0}], ids=["nothing", "what is wrong"])
+def test_what_the_first_schedules_got_wrong_is_mended_as_diffusers_does(sd1, copy_of, sampler, said):
+    diffusers = pytest.importorskip("diffusers")
+    folder = copy_of(sd1)
+    path = folder / "scheduler" / "scheduler_config.json"
+    kept = {key: x for key, x in json.loads(path.read_text()).items() if key not in ("clip_sample", "steps_offset")}
+    name = SAMPLERS[sampler][0]
+    write_json(path, kept | said | {"_class_name": name})
+    write_json(folder / "model_index.json", json.loads((folder / "model_index.json").read_text()) | {"scheduler": ["diffusers", name]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # that they are mended
+        theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    theirs.set_progress_bar_config(disable=True)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    drawn = minibooth.load(folder).generate("a cat", steps=4, sampler=sampler, latents=latents)
+    assert difference(drawn, theirs("a cat", num_inference_steps=4, latents=latents.clone()).images) <= 2
 
 
 # ---- laws

@@ -10,12 +10,13 @@ import torch
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, trainers
 
+from minibooth.checkpoint.source import VOCABULARY
 from minibooth.errors import UserError
 from minibooth.models.tokenizer import Tokenizer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 CLIP = Path(os.environ.get("MINIBOOTH_CLIP", Path(__file__).resolve().parents[1] / "../shared/clip"))
-NAMES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+NAMES = (*VOCABULARY, "tokenizer_config.json", "special_tokens_map.json")
 
 # fmt: off
 TEXTS = [
@@ -152,6 +153,18 @@ def test_a_folder_saved_by_transformers_gives_the_same_ids(folder, tmp_path_fact
     assert "vocab.json" not in read(saved)
     assert_equal_to_transformers(saved)
     assert torch.equal(Tokenizer.from_files(read(saved))(TEXTS), Tokenizer.from_files(read(folder))(TEXTS))
+
+
+def test_tokens_that_were_added_later_have_their_ids(tmp_path):
+    """As transformers 4 wrote those of textual inversion, whatever their order in the file."""
+    vocab, merges = small_vocabulary()
+    write(tmp_path, vocab, merges, "SD 1")
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<b>": len(vocab) + 1, "<sks-dog>": len(vocab)}))
+    theirs = pytest.importorskip("transformers").CLIPTokenizer.from_pretrained(tmp_path)
+    prompts = ["a photo of <sks-dog>", "<b><sks-dog> dog", "a <SKS-dog> <b>"]
+    ours = Tokenizer.from_files(read(tmp_path))(prompts)
+    assert torch.equal(ours, theirs(prompts, padding="max_length", max_length=77, return_tensors="pt").input_ids)
+    assert len(vocab) in ours[0] and len(vocab) + 1 in ours[1]
 
 
 @pytest.mark.parametrize("settings", ["SD 1", "SD 2", "XL"])

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import weakref
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -140,12 +140,23 @@ def weights_of(folder: Path, stem: str, variant: str | None = None) -> Tensors:
             if not (folder / shard).is_file():
                 raise UserError(f"{folder / shard} is missing, though {index.name} lists it; download it again")
         return Tensors([folder / shard for shard in shards])
-    found = sorted(path.name for path in folder.glob("*") if path.suffix in {".safetensors", *PICKLES})
+    raise absent(single, [path.name for path in folder.glob("*")])
+
+
+def variants(names: Iterable[str], stem: str) -> set[str]:
+    """The variants of a component's weights among its folder's names of files; the usual one's is empty."""
+    found = (re.fullmatch(rf"{stem}\.?(\w*?)(?:-\d+-of-\d+)?\.safetensors", name) for name in names)
+    return {match[1] for match in found if match}
+
+
+def absent(single: Path, names: Iterable[str]) -> UserError:
+    """What to say of missing weights, where these files are in their place."""
+    found = sorted(name for name in names if name.endswith((".safetensors", *PICKLES)))
     if found and all(name.endswith(PICKLES) for name in found):
-        raise UserError(f"{folder} holds only a pickle ({found[0]}), which is never opened here; convert it to safetensors")
-    variants = {m[1] for name in found if (m := re.fullmatch(rf"{stem}\.?(\w*?)(?:-\d+-of-\d+)?\.safetensors", name))}
-    there = ", ".join(name or "without a name" for name in sorted(variants))
-    raise UserError(f"{single} is missing{f'; the variants there are {there}: see --variant' if there else ''}")
+        pickle = f"holds only a pickle ({found[0]}), which is never opened here; convert it to safetensors"
+        return UserError(f"{single.parent} {pickle}")
+    there = ", ".join(name or "without a name" for name in sorted(variants(found, single.name.split(".")[0])))
+    return UserError(f"{single} is missing{f'; the variants there are {there}: see --variant' if there else ''}")
 
 
 def read_json(path: Path) -> dict:

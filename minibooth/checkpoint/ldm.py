@@ -9,6 +9,7 @@ import functools
 import itertools
 import json
 import math
+import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -69,6 +70,7 @@ OURS = "minibooth."
 MARKS = {"v_pred": ("prediction_type", "v_prediction"), "ztsnr": ("rescale_betas_zero_snr", True)}  # empty tensors
 SUPPORTED = "single files of Stable Diffusion 1, 2, XL (base) and x4"
 OTHERS = {9: "an inpainting model", 8: "an InstructPix2Pix model"}  # by the UNet's input channels
+EDM = {"edm_mean": "Playground v2.5", "edm_vpred.sigma_max": "CosXL"}  # by a key: XL's networks, on other noise
 LORA = re.compile(r"^lora_(unet|te\d?)_|\.lora_?([AB]|down|up)\b|\.lora\.(down|up)\.")
 SD2_LAYERS = 23  # of its text encoder's 24 that anything is made of, and that the published folders hold
 HEAD = 64  # width of an attention head, where the number of heads is not 8
@@ -225,12 +227,20 @@ def open_file(path: Path, ema: bool = False) -> tuple[files.View, dict[str, str]
     tensors = files.Tensors([path])
     bare = re.compile(r"\.transformer\.(?=(embeddings|encoder|final_layer_norm)\.)")  # as some merges write them
     names = {bare.sub(".transformer.text_model.", name): name for name in tensors}
+    if not any(name.startswith((f"{UNET}label_emb.", "conditioner.embedders.1.")) for name in names):  # as sgm has SD 1 and 2
+        names = {re.sub(r"^conditioner\.embedders\.0\.", "cond_stage_model.", name): own for name, own in names.items()}
     if ema:
         averages = {name: f"model_ema.{name[len('model.') :].replace('.', '')}" for name in names if name.startswith(UNET)}
         if missing := [name for name in averages.values() if name not in tensors]:
             raise UserError(f"{path} has no EMA weights ({missing[0]} and {len(missing) - 1} more are missing); omit --ema")
         names = {name: averages.get(name, own) for name, own in names.items() if not name.startswith("model_ema.")}
-    return files.renamed(tensors, names), tensors.metadata
+    recipes: dict[str, files.Recipe] = {name: operator.itemgetter(there) for name, there in names.items()}
+    for name in [
+        name for name in names if name.endswith(".model.text_projection.weight")
+    ]:  # diffusers' script: a linear layer's
+        get = recipes.pop(name)
+        recipes[name.removesuffix(".weight")] = lambda tensors, get=get: TRANSPOSED.read(get(tensors))  # type: ignore[misc]
+    return files.View(tensors, recipes), tensors.metadata
 
 
 def recognise(path: Path, file: Mapping[str, Tensor]) -> str:
@@ -247,6 +257,8 @@ def recognise(path: Path, file: Mapping[str, Tensor]) -> str:
         found = f"a file of another kind: its names begin with {', '.join(beginnings) or 'nothing'}"
     elif stem.shape[1] in OTHERS:
         found = OTHERS[stem.shape[1]]
+    elif others := [model for key, model in EDM.items() if key in file]:
+        found = others[0]
     elif has("conditioner.embedders.0.model.") and not has("conditioner.embedders.1."):
         found = "the refiner of Stable Diffusion XL"
     else:

@@ -15,7 +15,7 @@ import contextlib
 import json
 import re
 from collections import ChainMap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,8 +49,9 @@ COMPONENTS = {
     "vae": Component(VAE, VAEConfig, "diffusion_pytorch_model"),
 }
 KINDS = {kind: sorted(family.prefixes) for kind, family in ldm.FAMILIES.items()}  # what a folder may be, and what to read then
-SMALL_FILES = ("model_index.json", "*/*.json", "tokenizer*/*.txt")  # read into memory, written back as they were
-VOCABULARY = ("vocab.json", "merges.txt", "tokenizer.json")
+INDEX = "model_index.json"
+SMALL_FILES = (INDEX, "*/*.json", "tokenizer*/*.txt")  # read into memory, written back as they were
+VOCABULARY = ("vocab.json", "merges.txt", "tokenizer.json", "added_tokens.json")
 CLIP = "openai/clip-vit-large-patch14"  # has the vocabulary of all these models
 OF_NOISE = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
 
@@ -115,13 +116,17 @@ class Source:
         self = cls(str(source), small)
         if self.kind not in KINDS:
             raise UserError(f"{source} is a {self.kind}; supported: {', '.join(KINDS)}")
+        parts = {part for part, kinds in self.json(INDEX).items() if isinstance(kinds, list)}  # not a run's checkpoints
+        self.small = {name: data for name, data in small.items() if name == INDEX or name.split("/")[0] in parts}
         if tokenizer:
             self._take(vocabulary(path, tokenizer))
         if prediction_type:
             schedule = self.json(SCHEDULE) | {"prediction_type": prediction_type}
             self.small[SCHEDULE] = json.dumps(schedule, indent=2).encode()
-        for name in KINDS[self.kind]:
-            tensors = files.weights_of(folder / name, COMPONENTS[name].stem, variant)
+        having = [name for name in KINDS[self.kind] if variant in variants(folder, name)]
+        for name in KINDS[self.kind]:  # where one has the variant, others may lack it
+            own = variant if name in having or not having else None
+            tensors = files.weights_of(folder / name, COMPONENTS[name].stem, own)
             names = {published_name(key): key for key in tensors if not DROPPED.search(key)}
             self.weights[name] = files.renamed(tensors, names)
         return self
@@ -172,7 +177,7 @@ class Source:
     @property
     def kind(self) -> str:
         """The pipeline's class, as diffusers calls it."""
-        return str(self.json("model_index.json").get("_class_name") or "checkpoint of unknown kind")
+        return str(self.json(INDEX).get("_class_name") or "checkpoint of unknown kind")
 
     def json(self, path: str) -> dict:
         """One of the small files, parsed. Raises UserError where it is missing or damaged."""
@@ -194,8 +199,12 @@ class Source:
     def config(self, name: str) -> Any:
         """A component's configuration. Raises UserError for one that is not supported."""
         usual = {"scaling_factor": ldm.FAMILIES[self.kind].scaling_factor} if name == "vae" else {}  # files of 2022 lack it
+        said = usual | self.json(f"{name}/config.json")
+        early = name == "unet" and re.match(r"0\.[0-8]\.", str(said.get("_diffusers_version")))  # there 32 meant 64
+        if early and type(size := said.get("sample_size")) is int:
+            said["sample_size"] = max(size, 64)
         with blaming(f"{self.name}/{name}/config.json"):
-            return COMPONENTS[name].config.from_dict(usual | self.json(f"{name}/config.json"))
+            return COMPONENTS[name].config.from_dict(said)
 
     def skeleton(self, name: str) -> Any:
         """The component's network on meta. Raises UserError for a configuration that is not supported."""
@@ -237,10 +246,10 @@ class Source:
                 (folder / path).write_bytes(self.small[path])
 
     def _save_folder(self, folder: Path, states: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype | None) -> None:
-        index = self.json("model_index.json")
+        index = self.json(INDEX)
         kept = {path.split("/")[0] for path in self.small} - {"safety_checker", "image_encoder"}
         new = {key: [None, None] if isinstance(x, list) and key not in kept else x for key, x in index.items()}
-        small = self.small | ({"model_index.json": json.dumps(new, indent=2).encode()} if new != index else {})
+        small = self.small | ({INDEX: json.dumps(new, indent=2).encode()} if new != index else {})
         with files.replacing(folder, merge=True) as temporary:
             for name, data in small.items():
                 if name.split("/")[0] in kept:
@@ -289,7 +298,7 @@ def check(network: nn.Module, weights: Mapping[str, Tensor], name: str) -> None:
 def find(source: str | Path, variant: str | None = None, revision: str | None = None) -> Path:
     """The local folder of a checkpoint: the path itself, or the hub's cache after a download. Raises UserError otherwise."""
     path = Path(source)
-    if (path / "model_index.json").is_file():
+    if (path / INDEX).is_file():
         return path
     if path.is_file():
         raise UserError(f"{path} is a file of unknown kind; a .safetensors file or a folder in the diffusers layout is needed")
@@ -303,22 +312,49 @@ def find(source: str | Path, variant: str | None = None, revision: str | None = 
 
 
 def download(repository: str, variant: str | None, revision: str | None) -> Path:
-    """A snapshot of a hub repository's files of one variant, through huggingface_hub and its cache (offline mode included)."""
+    """A snapshot of a hub repository's files, through huggingface_hub and its cache (offline mode included): of one variant,
+    and of components that lack it, where others have it, the plain weights. Raises UserError with what is there instead.
+    """
+
+    def fetch(parts: Iterable[str], infix: str) -> Path:
+        ends = f"{infix}.safetensors", f"{infix}-?????-of-?????.safetensors"
+        weights = [f"{part}/{COMPONENTS[part].stem}{end}" for part in parts for end in ends]
+        return snapshot(repository, [*SMALL_FILES, *weights], revision)
+
     infix = f".{variant}" if variant else ""
-    patterns = list(SMALL_FILES)
-    for name, component in COMPONENTS.items():
-        patterns += [f"{name}/{component.stem}{infix}{end}.safetensors" for end in ("", "-?????-of-?????")]
-    return snapshot(repository, patterns, revision)
+    folder = fetch(COMPONENTS, infix)
+    parts = [part for part in COMPONENTS if (folder / part / "config.json").is_file()]
+    lacking = [part for part in parts if (variant or "") not in variants(folder, part)]
+    if variant and 0 < len(lacking) < len(parts):
+        return fetch(lacking, "")
+    if lacking and (names := listed(repository, lacking[0], revision)):
+        raise files.absent(Path(repository, lacking[0], f"{COMPONENTS[lacking[0]].stem}{infix}.safetensors"), names)
+    return folder
+
+
+def variants(folder: Path, part: str) -> set[str]:
+    """Those of a component's weights in a folder."""
+    return files.variants((path.name for path in (folder / part).glob("*")), COMPONENTS[part].stem)
+
+
+def listed(repository: str, part: str, revision: str | None) -> list[str]:
+    """The names of a component's files on the hub, as far as it can be asked."""
+    from huggingface_hub import HfApi  # half a second
+
+    with contextlib.suppress(Exception):
+        paths = [each.rfilename for each in HfApi().model_info(repository, revision=revision).siblings or ()]
+        return [path.split("/")[-1] for path in paths if path.startswith(f"{part}/")]
+    return []
 
 
 def snapshot(repository: str, patterns: list[str], revision: str | None = None, cached: bool = False) -> Path:
     """A hub repository's files; `cached`: only those already here. Raises UserError with the reason where it cannot be had."""
-    from huggingface_hub import errors, snapshot_download  # half a second
+    from huggingface_hub import snapshot_download  # half a second
 
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, local_files_only=cached))
-    except (errors.HFValidationError, OSError) as error:  # the hub's own errors are OSErrors but for that of a wrong name
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # the hub's, the disk's, or of the HTTP library, which differs by version
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{repository} is no folder here, and could not be had from the hub ({reason})") from None
 
 
@@ -339,7 +375,7 @@ def vocabulary(path: Path, tokenizer: str | Path | None = None) -> dict[str, byt
 
     for folder in folders():
         found = {name: (folder / name).read_bytes() for name in VOCABULARY if (folder / name).is_file()}
-        if "tokenizer.json" in found or len(found) == 2:
+        if "tokenizer.json" in found or {"vocab.json", "merges.txt"} <= found.keys():
             return found
     places = f"{tokenizer} and its folder tokenizer" if tokenizer else f"{path.parent / 'tokenizer'} and the hub's {CLIP}"
     missing = f"vocab.json and merges.txt, or tokenizer.json, are missing in {places}"

@@ -7,7 +7,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ class Pipeline:
     vae: VAE
     kind: ClassVar[str]  # what a user calls it, and the command that draws with it
     command: ClassVar[str]
+    schedule: ClassVar[dict[str, Any]] = {}  # settings of its scheduler, whatever the file says
     sampler = "ddim"
     beside = 0  # channels that the UNet sees besides the latent
     half_vae = True  # in fp16 keep the VAE in fp16, even where its configuration has force_upcast
@@ -55,7 +56,7 @@ class Pipeline:
         if dtype == torch.float16 and self.vae.config.force_upcast and not self.half_vae:
             self.vae.float()
         with blaming(f"{source.name}/{SCHEDULE}"):
-            self.scheduler = DDPMScheduler.from_config(source.json(SCHEDULE))
+            self.scheduler = DDPMScheduler.from_config(source.json(SCHEDULE) | self.schedule)
         self.tokenizer = source.tokenizer()
 
     @property

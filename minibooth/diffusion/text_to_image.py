@@ -21,6 +21,7 @@ class StableDiffusion(Pipeline):
     """A Stable Diffusion 1 or 2."""
 
     kind, command = "a text-to-image model", "generate"
+    schedule = {"steps_offset": 1, "clip_sample": False}  # files of 2022 have it wrong; diffusers' pipeline mends it, too
 
     def with_sizes(self, condition: Condition, sizes: Tensor) -> Condition:
         """The condition with `sizes` [B, 6] (see UNet) put in, for a model that is told of them."""
@@ -88,7 +89,7 @@ class StableDiffusionXL(StableDiffusion):
     """Stable Diffusion XL's base model: two text encoders, and a UNet that is told of sizes. Podell et al. 2023."""
 
     text_encoder_2: CLIPText
-    sampler = "euler"
+    sampler, schedule = "euler", {}
     half_vae = False
 
     def __init__(self, source: Source, dtype: torch.dtype, device: torch.device | str):

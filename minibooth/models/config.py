@@ -35,6 +35,7 @@ class Config:
     """Base of all. Raises UserError, with the key, for whatever would change the network and is not implemented."""
 
     NEUTRAL: ClassVar[Mapping[str, Any]] = {}  # keys that are read, with the only value they may have
+    IGNORED: ClassVar[frozenset[str]] = frozenset()  # keys that say nothing of the network
     CLASSES: ClassVar[tuple[str, ...]] = ()  # what `_class_name` may say
 
     @classmethod
@@ -48,7 +49,9 @@ class Config:
         for key, value in config.items():
             if key in usual and (value is not None or usual[key]):  # null: as if left out, where that says nothing
                 values[key] = tuple(value) if isinstance(value, list) else value
-            elif not key.startswith("_") and value != (neutral := cls.NEUTRAL.get(key)) and (value or neutral):
+            elif key.startswith("_") or key in cls.IGNORED:
+                continue
+            elif value != (neutral := cls.NEUTRAL.get(key)) and (value or neutral):
                 raise UserError(f"{cls.CLASSES[0]}: {key}={value!r} in config.json is not supported")
         return cls(**values)
 
@@ -69,6 +72,9 @@ class UNetConfig(Config):
         mid_block_type="UNetMidBlock2DCrossAttn", resnet_out_scale_factor=1.0, resnet_time_scale_shift="default",
         time_embedding_type="positional",
     )  # fmt: skip
+    IGNORED = frozenset({  # of diffusers' EMAModel
+        "decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup",
+    })  # fmt: skip
 
     in_channels: int = 4
     out_channels: int = 4

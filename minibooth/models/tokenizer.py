@@ -53,7 +53,9 @@ class Tokenizer:
         if "added_tokens_decoder" in config:
             added = list(config["added_tokens_decoder"].values())
         else:  # the older way, in which the map overrules the configuration
-            added, config = whole.get("added_tokens", []), config | parsed("special_tokens_map.json")
+            later = sorted(parsed("added_tokens.json").items(), key=operator.itemgetter(1))  # by id
+            added = whole.get("added_tokens") or [{"content": token, "normalized": True} for token, _ in later]
+            config |= parsed("special_tokens_map.json")
         special = {role: _entry(config.get(role) or default) for role, default in SPECIAL.items()}
         name = {role: token["content"] for role, token in special.items()}
         listed = {token["content"] for token in added}
