@@ -24,6 +24,7 @@ from minibooth.checkpoint import files
 from minibooth.diffusion.images import to_tensor
 from minibooth.diffusion.text_to_image import StableDiffusion
 from minibooth.dreambooth.data import find_pictures, open_picture
+from minibooth.dreambooth.identifier import named
 from minibooth.dreambooth.metrics import PUBLISHED, Eyes, agreement, ceiling, diversity, likeness, open_lpips
 from minibooth.dreambooth.prior import DRAWING, Drawings, draw, origin
 from minibooth.errors import UserError
@@ -81,8 +82,7 @@ def parser() -> command.Parser:
 def complete(flags: argparse.Namespace) -> None:
     """Fill in what was not given, by the run.json that minibooth.train leaves beside a model or a LoRA.
 
-    The identifier is what the instance prompt has and the class prompt has not; the class noun follows it. Raises UserError
-    for what remains unknown.
+    Identifier and class noun are those that its prompts have (`named`). Raises UserError for what remains unknown.
     """
     places = [path if path.is_dir() else path.parent for path in map(Path, [*flags.lora, flags.model])]
     runs = [files.read_json(place / "run.json") for place in places if (place / "run.json").is_file()]
@@ -90,10 +90,13 @@ def complete(flags: argparse.Namespace) -> None:
     said = {k: told[k] for k, x in EMBEDDED.items() if isinstance(told.get(k), type(x))} if isinstance(told, dict) else {}
     embedded = Path(said.get("pretrained_model_name_or_path") or flags.model).resolve().parent == drawing.WEIGHTS
     said = said or (EMBEDDED if embedded else {})
-    prompt, noun = said.get("instance_prompt", ""), said.get("class_prompt", "").split()
+    prompt, kind = said.get("instance_prompt", ""), flags.class_noun or said.get("class_prompt", "")
+    identifier, noun = named(prompt, kind)
     if flags.identifier is None:
-        flags.identifier = " ".join(word for word in prompt.split() if noun and word not in noun) or "sks"
-    flags.class_noun = flags.class_noun or prompt.partition(f"{flags.identifier} ")[2]
+        flags.identifier = identifier or ("" if prompt and kind else "sks")
+        if not flags.identifier:
+            raise UserError(f"--identifier is missing: the word for the subject in {prompt!r} (see --class_noun too)")
+    flags.class_noun = flags.class_noun or noun or prompt.partition(f"{flags.identifier} ")[2]
     flags.images = flags.images or said.get("instance_data_dir")
     flags.resolution = flags.resolution or said.get("resolution")
     flags.prompts = flags.prompts or (TOY if embedded and not flags.live else None)

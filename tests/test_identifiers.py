@@ -49,6 +49,10 @@ def test_doubts_are_about_the_identifier_alone(tokenizer, word, complaint):
     assert complaint is None or complaint in found[0]
 
 
+def test_what_is_no_identifier_is_not_doubted(tokenizer):
+    assert [*doubts(tokenizer, "a photo of zwx dog", "dog")] == [*doubts(tokenizer, "a dog", "a dog")] == []
+
+
 def test_a_common_word_is_doubted(tokenizer):
     assert "common word" in next(doubts(tokenizer, "b dog", "a dog"))
 

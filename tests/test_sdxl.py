@@ -7,6 +7,7 @@ import pytest
 import torch
 from comparing import difference, error, gradients, normals, pixels, worst_error
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from small_run import metrics, only, same_bits, small, train, trainer, weights, with_class
 
 import minibooth
@@ -173,6 +174,20 @@ def test_dreambooth_trains_what_it_should_and_resumes_in_the_same_bits(texts, sd
     (output / "checkpoint-2").rename(tmp_path / "resumed" / "checkpoint-2")
     resumed.resume_from_checkpoint = "latest"
     assert same_bits(everything(train(resumed)), after)
+
+
+def test_in_fp16_a_vae_that_overflows_stays_in_fp32(sdxl, copy_of, tmp_path, few_drawing_steps):
+    """XL's does, between its weights; force_upcast says so."""
+    model = copy_of(sdxl)
+    path = model / "vae" / "diffusion_pytorch_model.safetensors"
+    loud = {f"{half}.mid_block.resnets.0.conv2.weight": 2e5 for half in ("encoder", "decoder")}
+    tensors = {name: (x * loud.get(name, 1)).clamp(-6e4, 6e4) for name, x in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    run = trainer(small(tmp_path, model, max_train_steps=1, validation_prompt="a dog", num_validation_images=1), torch.float16)
+    run.train()
+    assert {p.dtype for p in run.pipe.vae.parameters()} == {torch.float32}
+    assert np.isfinite(metrics(tmp_path / "output")[0]["loss"])
+    assert not minibooth.load(model, dtype=torch.float16).vae.half().decode(torch.zeros(1, 4, 8, 8).half()).isfinite().all()
 
 
 def test_recomputing_block_by_block_changes_no_bit(sdxl, tmp_path):

@@ -76,7 +76,9 @@ def test_what_the_first_schedules_got_wrong_is_mended_as_diffusers_does(sd1, cop
     kept = {key: x for key, x in json.loads(path.read_text()).items() if key not in ("clip_sample", "steps_offset")}
     name = SAMPLERS[sampler][0]
     write_json(path, kept | said | {"_class_name": name})
-    write_json(folder / "model_index.json", json.loads((folder / "model_index.json").read_text()) | {"scheduler": ["diffusers", name]})
+    write_json(
+        folder / "model_index.json", json.loads((folder / "model_index.json").read_text()) | {"scheduler": ["diffusers", name]}
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # that they are mended
         theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder)

@@ -24,6 +24,7 @@ import minibooth
 from minibooth.dreambooth import optimizer, stages
 from minibooth.dreambooth import trainer as module
 from minibooth.dreambooth.settings import Settings
+from minibooth.dreambooth.trainer import Trainer
 from minibooth.dreambooth.weights import recompute_activations
 from minibooth.errors import UserError
 from minibooth.models.blocks import Block, ResnetBlock
@@ -120,6 +121,46 @@ def test_a_finished_run_resumes_to_itself(tmp_path):
     settings.resume_from_checkpoint = "latest"
     assert same_bits(weights(train(settings)), whole)
     assert len(metrics(Path(settings.output_dir))) == 5
+
+
+def test_a_finished_run_that_goes_on_for_longer_is_not_finished(tmp_path, monkeypatch):
+    """Not where it is interrupted, though a result lies there, and run.json is of this run: it is the earlier one's."""
+    whole = weights(train(small(tmp_path, max_train_steps=4, output_dir=str(tmp_path / "whole"))))
+    train(small(tmp_path, max_train_steps=2, checkpointing_steps=2))
+    longer = small(tmp_path, max_train_steps=4, checkpointing_steps=3, resume_from_checkpoint="latest")
+
+    def step(self, number, own=Trainer.step):
+        if number == 3:
+            raise KeyboardInterrupt
+        return own(self, number)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "step", step)
+        train(longer)
+    run = trainer(longer)
+    assert not run.journal.finished and run.start == 3
+    run.train()
+    assert same_bits(weights(tmp_path / "output"), whole)
+    assert trainer(longer).journal.finished
+
+
+def test_a_checkpoint_from_elsewhere_replaces_no_result(tmp_path):
+    other = train(small(tmp_path, max_train_steps=2, checkpointing_steps=1, output_dir=str(tmp_path / "other")))
+    output = train(small(tmp_path, max_train_steps=1, checkpointing_steps=1))
+    for place in (output, tmp_path / "new"):
+        settings = small(tmp_path, max_train_steps=2, output_dir=str(place), resume_from_checkpoint=str(other / "checkpoint-2"))
+        if place == output:
+            with pytest.raises(UserError, match="already holds run.json: choose another --output_dir"):
+                train(settings)
+        else:
+            assert same_bits(weights(train(settings)), weights(other))
+
+
+def test_a_folder_may_have_any_name(tmp_path, capsys):
+    words = flags(small(tmp_path, max_train_steps=1, output_format="single", output_dir=str(tmp_path / "dog [v1]")))
+    assert run(words) == 0
+    assert run([*words, "--resume_from_checkpoint=latest"]) == 0
+    assert "nothing is left to do" in capsys.readouterr().out
 
 
 def test_a_finished_run_without_a_checkpoint_is_not_done_again(tmp_path, capsys):
@@ -258,12 +299,13 @@ def test_checkpoints_are_ordered_by_number(tmp_path):
     assert checkpoints(output) == ["checkpoint-10", "checkpoint-11"]
 
 
-def test_what_a_killed_run_left_half_written_is_cleared_away(tmp_path):
-    half = tmp_path / "output" / ".checkpoint-2.x1y2z3" / "new"
+@pytest.mark.parametrize("name", ["checkpoint-2", "output", "output.safetensors", "run.json"])
+def test_what_a_killed_run_left_half_written_is_cleared_away(name, tmp_path):
+    half = tmp_path / "output" / f".{name}.x1y2z3_w" / "new"
     half.mkdir(parents=True)
     (half / "optimizer.safetensors").write_bytes(b"half")
     output = train(small(tmp_path, max_train_steps=1, resume_from_checkpoint="latest"))
-    assert not checkpoints(output)
+    assert not [*output.glob(".*")]
 
 
 def test_a_crash_while_a_checkpoint_is_written_leaves_the_earlier_one(tmp_path, monkeypatch):
@@ -625,7 +667,10 @@ def test_epochs_count_the_larger_set(tmp_path):
 
 def test_the_rate_can_be_scaled_with_the_batch(tmp_path):
     changes = {"scale_lr": True, "train_batch_size": 2, "gradient_accumulation_steps": 3, "max_train_steps": 1}
-    assert metrics(train(small(tmp_path, **changes)))[0]["lr"] == pytest.approx(6e-3)
+    run = trainer(small(tmp_path, **changes))
+    assert dict(run.summary())["rate"] == "0.006, constant"
+    run.train()
+    assert metrics(tmp_path / "output")[0]["lr"] == pytest.approx(6e-3)
 
 
 def test_the_summary_tells_what_will_run(tmp_path):

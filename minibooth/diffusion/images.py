@@ -27,7 +27,9 @@ def to_image(pixels: Tensor) -> Image.Image:
     Raises UserError for values that are no numbers, such as a network leaves that overflows.
     """
     if not pixels.isfinite().all():
-        raise UserError(f"a picture of {pixels.dtype} is not finite: draw in fp32 or bf16 (--dtype), or with other weights")
+        raise UserError(
+            f"a picture of {pixels.dtype} is not finite: compute in fp32 or bf16 (--dtype, in training --mixed_precision)"
+        )
     levels = (pixels.detach().float() + 1).mul_(127.5).round_().clamp_(0, 255)
     return Image.fromarray(levels.byte().permute(1, 2, 0).cpu().numpy())
 

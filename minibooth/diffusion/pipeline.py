@@ -46,18 +46,21 @@ class Pipeline:
     def __init__(self, source: Source, dtype: torch.dtype, device: torch.device | str):
         self.source = source
         for name in source.weights:
-            setattr(self, name, source.build(name, dtype, device))
+            setattr(self, name, source.build(name, self.precision(name, dtype), device))
         self.factor = self.vae.factor  # picture pixels per latent pixel; known even when the VAE is gone
         self.channels = self.vae.config.latent_channels
         channels = self.unet.config.in_channels
         if channels != self.channels + self.beside:
             kind = "an inpainting model" if channels == 9 else f"not {self.kind}"
             raise UserError(f"{source.name} is {kind}: its UNet takes {channels} channels")
-        if dtype == torch.float16 and self.vae.config.force_upcast and not self.half_vae:
-            self.vae.float()
         with blaming(f"{source.name}/{SCHEDULE}"):
             self.scheduler = DDPMScheduler.from_config(source.json(SCHEDULE) | self.schedule)
         self.tokenizer = source.tokenizer()
+
+    def precision(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """Of a network, where others are in `dtype`: fp32 for a VAE that overflows in fp16."""
+        overflows = name == "vae" and dtype == torch.float16 and not self.half_vae and self.source.config("vae").force_upcast
+        return torch.float32 if overflows else dtype
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -131,4 +134,5 @@ class Pipeline:
 
     def decode(self, latent: Tensor) -> Tensor:
         """A latent as the UNet knows it -> pictures [B, 3, H, W] in about [-1, 1]."""
-        return self.vae.decode((latent / self.vae.scaling_factor).to(self.vae.post_quant_conv.weight.dtype))
+        with torch.autocast(self.device.type, enabled=False):
+            return self.vae.decode((latent / self.vae.scaling_factor).to(self.vae.post_quant_conv.weight.dtype))

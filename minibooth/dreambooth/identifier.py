@@ -4,6 +4,7 @@ The paper looks up rare tokens of T5's vocabulary, three letters or fewer, and j
 words; the later a word was merged into it, the rarer it was, and the less its embedding was pulled from the others' mean.
 """
 
+import itertools
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -15,6 +16,8 @@ from minibooth.models.tokenizer import Tokenizer
 RARE = 0.75  # where in the vocabulary, in order of merging, words begin to be rare
 LETTERS = re.compile(r"[a-z]{3,4}</w>")
 MEANINGS = {"sks": "a rifle, to the published models"}
+BEFORE = {"a", "an", "the", "of", "my", "this"}  # words before an identifier that are none of it
+BEHIND = {"in", "on", "at", "by", "with", "wearing", "near", "under"}  # words that end a class noun
 
 
 class Identifier(NamedTuple):
@@ -35,12 +38,27 @@ def rare_words(tokenizer: Tokenizer, embeddings: Tensor) -> list[Identifier]:
     return sorted((each for each in found if each.word not in MEANINGS), key=lambda each: each.moved)
 
 
+def named(instance_prompt: str, class_prompt: str) -> tuple[str, str]:
+    """The identifier and the class noun, each of one word or more; both empty where the prompts do not show them.
+
+    The noun is the end of the class prompt that the instance prompt has, too; the identifier is what only that has before it.
+    """
+    words, of_class = ([word.strip(".,;:!?") for word in prompt.split()] for prompt in (instance_prompt, class_prompt))
+    low, low_class = ([word.lower() for word in each] for each in (words, of_class))
+    for start in (start for start, word in enumerate(low_class) if word not in BEFORE):
+        noun = low_class[start:]
+        for place in range(1, len(low) - len(noun) + 1):
+            own = list(itertools.takewhile(lambda n: low[n] not in {*low_class, *BEFORE}, range(place - 1, -1, -1)))
+            if own and low[place : place + len(noun)] == noun:
+                noun = [*itertools.takewhile(lambda word: word.lower() not in BEHIND, of_class[start:])]
+                return " ".join(words[own[-1] : place]), " ".join(noun)
+    return "", ""
+
+
 def doubts(tokenizer: Tokenizer, instance_prompt: str, class_prompt: str) -> Iterator[str]:
-    """What speaks against the words that the instance prompt has and the class prompt has not, a line each."""
+    """What speaks against the words of the identifier, a line each."""
     vocabulary = tokenizer.backend.get_vocab()
-    for word in instance_prompt.lower().split():
-        if not class_prompt or word in class_prompt.lower().split():
-            continue
+    for word in named(instance_prompt, class_prompt)[0].lower().split():
         tokens = tokenizer.tokens(word)
         if word in MEANINGS:
             yield f"the identifier {word!r} already means {MEANINGS[word]}"

@@ -9,6 +9,7 @@ checkpoint-N/     trained networks as they train (the layout of the final model)
 
 import contextlib
 import dataclasses
+import glob
 import json
 import os
 import platform
@@ -43,22 +44,25 @@ class Journal:
             raise UserError(f"--output_dir {self.folder} is a file")
         asked, begun, done = settings.resume_from_checkpoint, self.has("run.json"), self.has(*RESULTS)
         self.finished = asked == "latest" and bool(begun and done) and self.repeats(files.read_json(begun[0]))
-        resumed = self.finished or (begun and not done) or self.checkpoints() or asked != "latest"
-        if (taken := self.has(*TAKEN)) and not (asked and resumed):
+        # in a run's own folder: it is finished, or left nothing yet but run.json, or goes on from one of its checkpoints
+        goes_on = self.finished or (begun and not done) or self.to_resume() in dict(self.checkpoints()).values()
+        if (taken := self.has(*TAKEN)) and not (asked and goes_on):
             remedy = ", or go on with --resume_from_checkpoint latest" * bool(begun and not asked)
             raise UserError(f"{self.folder} already holds {taken[0].name}: choose another --output_dir{remedy}")
 
     def has(self, *patterns: str) -> list[Path]:
         """What is in the folder under these names."""
-        named = (pattern.format(self.folder.resolve().name) for pattern in patterns)
+        named = (pattern.format(glob.escape(self.folder.resolve().name)) for pattern in patterns)
         return [path for pattern in named for path in sorted(self.folder.glob(pattern))]
 
     def repeats(self, run: dict[str, Any]) -> bool:
-        """Whether these settings are those of the run whose run.json this is."""
+        """Whether this is the run.json of a run with these settings that came to its end."""
         free = {"resume_from_checkpoint", "hub_token"} | ({"seed"} if self.settings.seed is None else set())
         now = json.loads(json.dumps(dataclasses.asdict(self.settings)))
         told = run.get("settings") or {}
-        return bool(told) and all(now.get(name) == value for name, value in told.items() if name not in free)
+        return bool(told and run.get("finished")) and all(
+            now.get(name) == value for name, value in told.items() if name not in free
+        )
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
@@ -80,24 +84,28 @@ class Journal:
             os.close(place)
 
     def open(self, step: int, python: str = "python") -> None:
-        """Write run.json; drop the metrics of steps that will be done again, and checkpoints that a killed run left half.
+        """Write run.json; drop the metrics of steps that will be done again, and what a killed run left half written.
 
         python: the command that starts the run's processes.
         """
         again = dataclasses.replace(self.settings, hub_token=None, resume_from_checkpoint=None)
         words = [word for name, value in again.given().items() for word in (f"--{name}", *words_of(value))]
-        run = {
+        self.run = {
             "command": shlex.join([*python.split(), "-m", "minibooth.train", *words]),
             "settings": dataclasses.asdict(again),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }
-        files.write_text(self.folder / "run.json", json.dumps(run, indent=2) + "\n")
-        for unfinished in self.folder.glob(".checkpoint-*"):
+        self.note(finished=False)
+        for unfinished in self.has(*(f".{name}.????????" for name in (*TAKEN, "{}"))):  # what a killed run was writing
             shutil.rmtree(unfinished)
         metrics = self.folder / "metrics.jsonl"
         lines = metrics.read_text("utf-8", "replace").splitlines() if metrics.exists() else []
-        kept = [line for line in lines if _step_of(line) <= step]
+        kept = [line for line in lines if step and _step_of(line) <= step]
         files.write_text(metrics, "".join(f"{line}\n" for line in kept))
+
+    def note(self, finished: bool) -> None:
+        """run.json, with whether the folder holds the result of just this run."""
+        files.write_text(self.folder / "run.json", json.dumps(self.run | {"finished": finished}, indent=2) + "\n")
 
     def log(self, **values: float) -> None:
         """Append a line to metrics.jsonl."""

@@ -67,7 +67,7 @@ def draw(sets: Sequence[Drawings], pipe: StableDiffusion, batch_size: int, name:
 
 
 class ClassPictures(Drawings):
-    """The user's own pictures in --class_data_dir, topped up to --num_class_images by drawn ones; drawn picture i has seed i.
+    """--num_class_images: the user's own in --class_data_dir, topped up by drawn ones; drawn picture i has seed i.
 
     `pictures` are all of them. Raises UserError for pictures that cannot be read.
     """
@@ -75,7 +75,7 @@ class ClassPictures(Drawings):
     def __init__(self, settings: Settings, source: Source, dtype: torch.dtype):
         self.settings = settings
         folder = Path(settings.class_data_dir or Path(settings.output_dir) / "class")
-        own = [path for path in sorted(folder.glob("*")) if is_picture(path)]
+        own = [path for path in sorted(folder.glob("*")) if is_picture(path)][: settings.num_class_images]
         chosen = {"prompt": settings.class_prompt, "resolution": settings.resolution}
         chosen |= {"guidance_scale": settings.class_guidance_scale}
         manifest = origin(source, source.weights, dtype) | DRAWING | chosen

@@ -98,6 +98,7 @@ class Trainer:
             raise UserError(f"{self.resumed} is past the last step, {self.steps}: raise --max_train_steps")
         if s.lr_scheduler not in ("constant", "constant_with_warmup") and s.lr_warmup_steps >= self.steps:
             raise UserError(f"--lr_warmup_steps {s.lr_warmup_steps} leaves nothing of {self.steps} steps; set it to 0")
+        self.scale = s.samples(self.ranks.count) if s.scale_lr else 1  # of learning rates
         self.weights = Weights(s, self.pipe, self.seed, self.resumed)
         self.trained = self.weights.trained
 
@@ -271,9 +272,8 @@ class Trainer:
     def set_learning_rates(self, step: int) -> list[float]:
         """Give the optimizer this step's rates, one per trained network."""
         s, rates = self.settings, []
-        scale = s.samples(self.ranks.count) if s.scale_lr else 1
         for group in self.optimizer.param_groups:
-            peak = group["peak"] * scale
+            peak = group["peak"] * self.scale
             rate = learning_rate(s.lr_scheduler, peak, step, self.steps, s.lr_warmup_steps, s.lr_num_cycles, s.lr_power)
             rates.append(rate)
             group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
@@ -346,6 +346,7 @@ class Trainer:
         learnt = self.learnt(self.steps)
         if self.ranks.first:
             self.weights.write(learnt, self.steps)
+            self.journal.note(finished=True)
 
     def learnt(self, step: int) -> Learnt:
         """What training changed up to a step, whole on the first rank. Raises UserError where it is not finite."""
@@ -365,7 +366,7 @@ class Trainer:
             ("model", f"{self.pipe.source.name}, predicts {self.pipe.scheduler.prediction_type}"),
             ("trains", ", ".join(trained)),
             ("steps", f"{self.start} to {self.steps}, batch {batch}, {s.resolution} px"),
-            ("rate", f"{s.learning_rate:g}, {s.lr_scheduler}"),
+            ("rate", f"{s.learning_rate * self.scale:g}, {s.lr_scheduler}"),
             ("device", f"{self.device}, {str(self.dtype).removeprefix('torch.')}"),
             ("memory", f"{memory / 2**30:.1f} GiB of weights, gradients and moments, besides activations"),
             *((latents.name, f"{len(latents.pictures)} pictures") for latents in self.sets),

@@ -62,18 +62,19 @@ class Weights:
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         """Bring every network to the device. One that trains has its weights in fp32 (with --full_bf16 in bf16), from the
-        checkpoint, if there is one; all others are in `dtype`. With a LoRA that alone trains.
+        checkpoint, if there is one; all others are in `dtype` or the
+        pipeline's `precision`. With a LoRA that alone trains.
         """
         kept = torch.bfloat16 if self.settings.full_bf16 else torch.float32
         for name, network in self.pipe.networks.items():
             trains = name in self.trained
-            full = trains and not self.lora
-            network.requires_grad_(full).to(device, kept if full else dtype)
+            full, own = trains and not self.lora, self.pipe.precision(name, dtype)
+            network.requires_grad_(full).to(device, kept if full else own)
             if trains and self.lora:
                 lora.attach(network.train(), self.lora[name], kept)
             elif full and self.resumed:
                 network.load_state_dict(dict(self.saved(name)))
-            speed.suit(network, device, dtype)
+            speed.suit(network, device, own)
             if trains and self.settings.gradient_checkpointing:
                 recompute_activations(network, dropout=self.settings.lora_dropout > 0)
 
