@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import single_files
 import torch
+from conftest import write_json
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from single_files import assert_same_bits, change, file, folder, metadata, states
@@ -158,6 +159,35 @@ def test_a_zero_terminal_snr_comes_back_from_a_file(tmp_path):
     assert minibooth.load(tmp_path / "x.safetensors", tokenizer=copy).scheduler.config == schedule
 
 
+DRAWN = {  # what no tensor tells of how a model draws: of which kind, in which of its small files
+    "turbo": ("sd2", "scheduler/scheduler_config.json", {"timestep_spacing": "trailing"}),
+    "alpha": ("sd1", "scheduler/scheduler_config.json", {"set_alpha_to_one": True}),
+    "clipped": ("x4", "scheduler/scheduler_config.json", {"clip_sample": True}),
+    "offset": ("x4", "scheduler/scheduler_config.json", {"steps_offset": 0}),
+    "xl turbo": ("sdxl", "scheduler/scheduler_config.json", {"timestep_spacing": "trailing"}),
+    "no zeros": ("sdxl", "model_index.json", {"force_zeros_for_empty_prompt": False}),
+    "levels": ("x4", "model_index.json", {"max_noise_level": 100}),
+}
+
+
+@pytest.mark.parametrize("kind, path, says", DRAWN.values(), ids=DRAWN)
+def test_how_a_model_draws_comes_back_from_a_file(kind, path, says, copy_of, tmp_path):
+    source = copy_of(folder(kind))
+    write_json(source / path, json.loads((source / path).read_text()) | says)
+    pipe = minibooth.load(source)
+    pipe.save(tmp_path / "x.safetensors")
+    again = minibooth.load(tmp_path / "x.safetensors", tokenizer=source)
+    assert json.loads(again.source.small[path]).items() >= says.items()
+    assert np.array_equal(draw(again, kind), draw(pipe, kind))
+
+
+def test_an_xls_file_draws_in_every_sampler_as_its_folder(tmp_path):
+    """Latents are never clipped, though diffusers' DDIM would where a folder does not say so."""
+    pipe = minibooth.load(file("sdxl"), tokenizer=folder("sdxl"))
+    said = json.loads(pipe.source.small[SCHEDULE])
+    assert (said["clip_sample"], said["set_alpha_to_one"], said["skip_prk_steps"]) == (False, False, True)
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"norm_num_groups": 7}', '{"down_block_types": []}', '{"act_fn": "gelu"}'])
 def test_a_wrong_word_of_the_metadata_is_refused_by_name(text, tmp_path):
     told = {"minibooth.unet/config.json": text, "minibooth.../../x/config.json": "{", "minibooth.author": "me"}
@@ -204,8 +234,9 @@ def published_configs():
     large = dict(hidden_act="gelu", hidden_size=1024, intermediate_size=4096, num_attention_heads=16, projection_dim=512)
     sd2, x4 = dict(cross_attention_dim=1024, use_linear_projection=True), dict(cross_attention_dim=1024, sample_size=128)
     sigmas = dict(
-        num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, trained_betas=None
-    )
+        num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, trained_betas=None,
+        clip_sample=False, set_alpha_to_one=False, skip_prk_steps=True, steps_offset=1,
+    )  # fmt: skip
     betas = sigmas | dict(beta_start=0.0001, beta_end=0.02)
     return {
         "sd1": {"unet": unet, "vae": vae, "text_encoder": text, "scheduler": sigmas},
@@ -240,7 +271,7 @@ def published_configs():
                 architectures=["CLIPTextModelWithProjection"], hidden_act="gelu", hidden_size=1280, intermediate_size=5120,
                 num_attention_heads=20, num_hidden_layers=32, projection_dim=1280,
             ),
-            "scheduler": sigmas | {"rescale_betas_zero_snr": False},
+            "scheduler": sigmas | {"rescale_betas_zero_snr": False, "timestep_spacing": "leading"},
         },
     }  # fmt: skip
 

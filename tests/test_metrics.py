@@ -36,6 +36,18 @@ def test_diversity_is_the_mean_over_different_pairs():
     assert diversity(shades, lambda a, b: (a - b).abs().mean(dim=(1, 2, 3))) == pytest.approx((0.1 + 0.4 + 0.3) / 3)
 
 
+def test_many_pairs_are_measured_a_few_at_a_time():
+    shades, seen = torch.rand((20, 3, 2, 2), generator=torch.Generator().manual_seed(0)), []
+
+    def distance(a, b):
+        seen.append(len(a))
+        return (a - b).abs().mean(dim=(1, 2, 3))
+
+    pairs = [(a - b).abs().mean().item() for i, a in enumerate(shades) for b in shades[:i]]
+    assert diversity(shades, distance) == pytest.approx(sum(pairs) / 190)
+    assert sum(seen) == 190 and max(seen) <= 32
+
+
 def test_half_precision_is_measured_in_full():
     draw = torch.randn((4, 300), generator=torch.Generator().manual_seed(0)).bfloat16()
     assert likeness(draw, draw) == pytest.approx(likeness(draw.float(), draw.float()), abs=1e-7)

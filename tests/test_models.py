@@ -70,6 +70,18 @@ def test_unet_gradients_are_those_of_diffusers(ours, theirs, context):
     assert worst[0] <= 1e-4, worst
 
 
+def test_only_cross_attention_leaves_the_middle_its_own():
+    diffusers = pytest.importorskip("diffusers")
+    config = UNET | {"only_cross_attention": True}
+    theirs = diffusers.UNet2DConditionModel.from_config(config)
+    randomise(theirs, 0)
+    ours = UNet(UNetConfig.from_dict(config))
+    ours.load_state_dict(theirs.state_dict())
+    x, t, context = normals(1, 4, 8, 8), torch.tensor([7]), normals(1, 5, config["cross_attention_dim"])
+    with torch.no_grad():
+        assert error(ours(x, t, context), theirs(x, t, context).sample) <= 1e-5
+
+
 # ---- laws that need no reference
 
 

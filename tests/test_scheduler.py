@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from minibooth.diffusion.noise import gaussian, generator
 from minibooth.diffusion.scheduler import BETAS, CLASSES, DEFAULTS, SPACINGS, DDPMScheduler
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -124,6 +125,20 @@ def test_published_files_are_read_and_kept(text, diffusers):
     torch.testing.assert_close(scheduler.alphas_cumprod, theirs.alphas_cumprod, rtol=1e-6, atol=0)
     for key in ("prediction_type", "timestep_spacing", "steps_offset"):
         assert getattr(scheduler, key) == getattr(theirs.config, key)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_default_dtype_changes_neither_schedule_nor_noise(dtype):
+    def both():
+        schedules = [DDPMScheduler({"beta_schedule": name, "rescale_betas_zero_snr": True}).alphas_cumprod for name in BETAS]
+        return *schedules, gaussian((2, 3), generator(0)), gaussian((2, 3), [generator(0), generator(1)])
+
+    expected = both()
+    torch.set_default_dtype(dtype)
+    try:
+        assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(both(), expected, strict=True))
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_a_file_may_leave_everything_out():

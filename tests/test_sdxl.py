@@ -52,6 +52,18 @@ def test_prompts_are_encoded_as_diffusers_does(ours, theirs):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("end", [2, 5])
+def test_what_is_pooled_is_at_the_end_token(sdxl, copy_of, end):
+    """Its first, as the folder numbers it; where that is 2, the largest, as transformers has it of old files."""
+    folder = copy_of(sdxl)
+    path = folder / "text_encoder_2" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": end}))
+    theirs = pytest.importorskip("transformers").CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2")
+    ids = torch.tensor([[9, 30, 5, 7, 5, 40, 3], [9, 5, 60, 7, 2, 2, 2]])
+    assert error(minibooth.load(folder).text_encoder_2.states_and_pooled(ids)[1], theirs(ids).text_embeds) <= 1e-5
+
+
+@torch.no_grad()
 def test_without_a_negative_prompt_guidance_leads_away_from_zeros(ours, theirs):
     _, context, _, pooled = theirs.encode_prompt(PROMPTS[:1], device="cpu")
     mine = ours.unconditional(None)

@@ -133,6 +133,16 @@ def test_what_does_not_fit_is_named(ours, arguments, reason):
         ours.generate(**({"prompts": "a dog", "images": [picture(8, 8)] * 2, "steps": 1} | arguments))
 
 
+def test_a_picture_of_any_mode_is_what_it_shows(ours):
+    """Over white, and in 16 bits not clipped to 8: as the command takes it."""
+    grey = np.linspace(0, 65535, 256).reshape(16, 16).astype(np.uint16)
+    clear = Image.new("RGBA", (16, 16), (255, 0, 0, 0))
+    levels = Image.fromarray((grey / 257).round().astype(np.uint8)).convert("RGB")
+    shown = [levels, Image.new("RGB", (16, 16), "white")]
+    drawn = ours.generate("a dog", [Image.fromarray(grey), clear], steps=1, seed=0)
+    assert difference(drawn, ours.generate("a dog", shown, steps=1, seed=0)) == 0
+
+
 def test_names_that_other_programs_may_rely_on(ours):
     arguments = [*inspect.signature(ours.generate).parameters]
     assert arguments[:4] == ["prompts", "images", "noise_level", "negative_prompts"]

@@ -1,5 +1,6 @@
 """The command takes diffusers' command lines, leaves what diffusers opens, and tells a mistake in one line."""
 
+import dataclasses
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from minibooth import train
 from minibooth.dreambooth import prior, stages
 from minibooth.dreambooth import trainer as trainer_module
 from minibooth.dreambooth.parallel import Ranks
-from minibooth.dreambooth.settings import Settings
+from minibooth.dreambooth.settings import NEEDED, OF_LORA, Settings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -84,9 +85,10 @@ SWITCHES = (
 SILENT = {
     "validation_epochs": "10", "dataloader_num_workers": "2", "report_to": "wandb", "logging_dir": "elsewhere",
     "local_rank": "0", "validation_scheduler": "DDPMScheduler", "validation_images": "small.png",
-    "tokenizer_max_length": "77", "class_labels_conditioning": "timesteps",
+    "tokenizer_max_length": "77", "class_labels_conditioning": "timesteps", "repeats": "2", "cache_dir": "hub",
+    "pretrained_vae_model_name_or_path": "madebyollin/sdxl-vae-fp16-fix",
     **dict.fromkeys((
-        "pre_compute_text_embeddings", "enable_xformers_memory_efficient_attention", "set_grads_to_none",
+        "output_kohya_format", "pre_compute_text_embeddings", "enable_xformers_memory_efficient_attention", "set_grads_to_none",
         "skip_save_text_encoder", "text_encoder_use_attention_mask",
     )),
 }  # fmt: skip
@@ -113,9 +115,26 @@ def test_flags_are_read_in_either_spelling(spelled, joined):
 @pytest.mark.parametrize("name", SILENT)
 def test_a_flag_without_effect_prints_one_note(name, tmp_path, capsys):
     word = SILENT[name]
-    assert run(flags(small(tmp_path, max_train_steps=1)) + [f"--{name}" if word is None else f"--{name}={word}"]) == 0
+    words = [f"--{name}" if word is None else f"--{name}={word}", "--rank=1"]
+    assert run(flags(small(tmp_path, max_train_steps=1)) + words) == 0
     notes = [line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["note"]]
     assert len(notes) == 1 and f"--{name}" in notes[0]
+
+
+@pytest.mark.parametrize("given, other", NEEDED.items())
+def test_a_flag_that_lacks_another_prints_one_note(given, other):
+    words = {"class_data_dir": "class", "prior_generation_precision": "fp32", "lora_targets": "all", "num_class_images": 9}
+    settings = Settings(**{given: words.get(given, 0.5)})
+    assert settings.notes() == [f"--{given}: without effect: add --{other}"]
+    assert dataclasses.replace(settings, **{other: True}).notes() == []
+    assert dataclasses.replace(settings, stage="super_resolution").notes() == []  # of the first step, which said it
+
+
+@pytest.mark.parametrize("name", OF_LORA)
+def test_a_command_for_the_script_that_trains_loras_is_told_what_makes_one(name):
+    settings = Settings(**{name: "x"})
+    assert "all weights train; for a LoRA, as by train_dreambooth_lora.py, add --rank 4" in settings.notes()
+    assert not any("all weights" in note for note in dataclasses.replace(settings, rank=4).notes())
 
 
 def test_two_flags_of_another_spelling_or_number_are_read():

@@ -39,22 +39,23 @@ class Family(NamedTuple):
 
 
 COMMON = {"unet": UNET, "vae": "first_stage_model."}
-SD_BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000, steps_offset=1)
-X4_BETAS = dict(beta_start=0.0001, beta_end=0.02, beta_schedule="scaled_linear", num_train_timesteps=1000)
+SD_BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000)
+X4_BETAS = SD_BETAS | dict(beta_start=0.0001, beta_end=0.02)
+STEPS = dict(clip_sample=False, set_alpha_to_one=False, skip_prk_steps=True, steps_offset=1)
 FAMILIES = {
     "StableDiffusionPipeline": Family(
         COMMON | {"text_encoder": "cond_stage_model."}, 64, 0.18215,
-        dict(_class_name="DDIMScheduler", clip_sample=False, set_alpha_to_one=False, **SD_BETAS),
+        dict(_class_name="DDIMScheduler", **SD_BETAS, **STEPS),
         dict(safety_checker=[None, None], feature_extractor=[None, None], requires_safety_checker=False),
     ),
     "StableDiffusionXLPipeline": Family(
         COMMON | {"text_encoder": "conditioner.embedders.0.", "text_encoder_2": "conditioner.embedders.1."}, 128, 0.13025,
-        dict(_class_name="EulerDiscreteScheduler", interpolation_type="linear", timestep_spacing="leading", **SD_BETAS),
+        dict(_class_name="EulerDiscreteScheduler", timestep_spacing="leading", interpolation_type="linear") | SD_BETAS | STEPS,
         dict(force_zeros_for_empty_prompt=True),
     ),
     "StableDiffusionUpscalePipeline": Family(
         COMMON | {"text_encoder": "cond_stage_model."}, 128, 0.08333,
-        dict(_class_name="DDIMScheduler", clip_sample=False, set_alpha_to_one=False, steps_offset=1, **X4_BETAS),
+        dict(_class_name="DDIMScheduler", **X4_BETAS, **STEPS),
         dict(max_noise_level=350),
         dict(attention_head_dim=8, only_cross_attention=[True, True, True, False], upcast_attention=False),
         dict(_class_name="DDPMScheduler", **X4_BETAS),

@@ -54,6 +54,8 @@ SMALL_FILES = (INDEX, "*/*.json", "tokenizer*/*.txt")  # read into memory, writt
 VOCABULARY = ("vocab.json", "merges.txt", "tokenizer.json", "added_tokens.json")
 CLIP = "openai/clip-vit-large-patch14"  # has the vocabulary of all these models
 OF_NOISE = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
+OF_STEPS = ("timestep_spacing", "steps_offset", "clip_sample", "set_alpha_to_one")
+OF_PIPELINE = {"force_zeros_for_empty_prompt": True, "max_noise_level": 350}
 
 # Names as files have them -> names as published today: a missing prefix, a buffer that became a constant, old attention.
 RENAMES = (
@@ -212,10 +214,14 @@ class Source:
             return COMPONENTS[name].network(self.config(name))
 
     def meaning(self, path: str) -> Any:
-        """What one of the small files says of a network or of the noise, for comparison."""
+        """What one of the small files says of a network, the noise or how it draws, for comparison."""
         folder = path.split("/")[0]
-        betas = [self.json(path).get(key) or None for key in OF_NOISE] if folder.endswith("scheduler") else None
-        return self.config(folder) if folder in COMPONENTS else betas
+        if folder in COMPONENTS:
+            return self.config(folder)
+        if path == INDEX:
+            return [self.json(path).get(key, usual) for key, usual in OF_PIPELINE.items()]
+        noise = [self.json(path).get(key) or None for key in OF_NOISE] if folder.endswith("scheduler") else None
+        return noise, [self.json(path).get(key) for key in OF_STEPS] if path == SCHEDULE else None
 
     def places(self, name: str) -> dict[str, ldm.Place]:
         """Where the component's tensors stand in a single file."""

@@ -16,6 +16,19 @@ from minibooth.errors import UserError
 GAP = 4  # pixels between the pictures of a grid
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode as 8-bit RGB, over white. Raises ValueError for grey levels of unknown range."""
+    if image.mode == "F" or image.mode.startswith("I"):  # Pillow would clip these to 8 bits
+        levels = np.asarray(image)
+        if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
+            raise ValueError("grey levels of unknown range")
+        image = Image.fromarray((levels / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
 def to_tensor(image: Image.Image) -> Tensor:
     """An RGB picture as float32 [3, H, W]: black is exactly -1, white exactly 1."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1

@@ -62,7 +62,7 @@ def gaussian(
     Raises ValueError if their number is not B.
     """
     if generators is None or isinstance(generators, torch.Generator):
-        return torch.randn(*shape, generator=generators).to(device, dtype)
+        return torch.randn(*shape, generator=generators, dtype=torch.float32).to(device, dtype)
     if len(generators) != shape[0]:
         raise ValueError(f"{len(generators)} generators for a batch of {shape[0]}: give one, or one per sample")
-    return torch.cat([torch.randn(1, *shape[1:], generator=each) for each in generators]).to(device, dtype)
+    return torch.cat([torch.randn(1, *shape[1:], generator=each, dtype=torch.float32) for each in generators]).to(device, dtype)

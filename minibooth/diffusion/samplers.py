@@ -19,6 +19,7 @@ import functools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,7 +83,10 @@ def ddim(predict: Predict, x: Tensor, scheduler: DDPMScheduler, steps: int, nois
 
 
 def pndm(predict: Predict, x: Tensor, scheduler: DDPMScheduler, steps: int, noise: Noise) -> Iterator[Tensor]:
-    """Ddim's step along a mean of the last four predictions; the first is taken twice, so it yields steps + 1 times."""
+    """Ddim's step along a mean of the last four predictions; the first is taken twice, so it yields steps + 1 times.
+
+    As diffusers does with skip_prk_steps, which all published files have, whether or not this one does.
+    """
     a = scheduler.alphas_cumprod.tolist()
     if a[-1] == 0:
         raise UserError("pndm cannot start from zero terminal SNR; take another sampler, such as ddim")
@@ -152,8 +156,10 @@ SAMPLERS: dict[str, Callable[..., Iterator[Tensor]]] = {
     "euler_a": functools.partial(euler, ancestral=True), "dpmpp_2m": dpmpp_2m,
 }  # fmt: skip
 
-# Where the steps go if the schedule's file does not say: as in diffusers, some samplers spread them from end to end.
-SPACING = dict.fromkeys(SAMPLERS, "leading") | dict.fromkeys(("euler", "euler_a", "dpmpp_2m"), "linspace")
+# What a schedule's file means that does not say it: as in diffusers, some samplers spread their steps from end to end.
+USUAL: dict[str, dict[str, Any]] = dict.fromkeys(SAMPLERS, {"timestep_spacing": "leading"})
+USUAL |= dict.fromkeys(("euler", "euler_a", "dpmpp_2m"), {"timestep_spacing": "linspace"})
+USUAL["pndm"] = {"timestep_spacing": "leading", "set_alpha_to_one": False}
 
 
 def calls(sampler: str, steps: int) -> int:
@@ -175,8 +181,8 @@ def trajectory(
         raise UserError(f"no sampler is named {sampler!r}; there are {', '.join(SAMPLERS)}")
     if eta and sampler != "ddim":
         raise UserError(f"eta={eta} is ddim's; {sampler} has none")
-    if "timestep_spacing" not in scheduler.config:
-        scheduler = DDPMScheduler.from_config(scheduler.config | {"timestep_spacing": SPACING[sampler]})
+    if USUAL[sampler].keys() - scheduler.config.keys():
+        scheduler = DDPMScheduler.from_config(USUAL[sampler] | scheduler.config)
 
     def noise() -> Tensor:
         return gaussian(x.shape, generator, x.device, x.dtype)
@@ -199,7 +205,7 @@ def sample(
     predict(x, t): what the network predicts, epsilon or v as `scheduler.prediction_type` says, from x scaled for it and
     t [B]: int64, or float32 in euler and euler_a, where linspace makes it fractional. Its result is cast to x's dtype,
     so float32 noise and a half-precision network go together. steps: 1 to the schedule's length, placed by the
-    scheduler's `timestep_spacing`, or by SPACING where its file leaves that out. generator, where noise is drawn: None,
+    scheduler's `timestep_spacing`, or by USUAL where its file leaves that out. generator, where noise is drawn: None,
     one, or one per sample (see `gaussian`). eta: ddim's, from 0 to 1. Raises UserError for an unknown sampler and for
     what the sampler cannot do.
     """

@@ -55,8 +55,8 @@ def _cosine(start: float, end: float, T: int) -> Tensor:
 
 
 BETAS: dict[str, Callable[[float, float, int], Tensor]] = {
-    "linear": torch.linspace,
-    "scaled_linear": lambda start, end, T: torch.linspace(start**0.5, end**0.5, T) ** 2,  # LDM's own files call it "linear"
+    "linear": lambda start, end, T: torch.linspace(start, end, T, dtype=torch.float32),
+    "scaled_linear": lambda start, end, T: BETAS["linear"](start**0.5, end**0.5, T) ** 2,  # LDM's own files call it "linear"
     "squaredcos_cap_v2": _cosine,
 }
 
@@ -65,7 +65,7 @@ def _zero_terminal_snr(betas: Tensor) -> Tensor:
     """Lin et al. 2023 (arXiv 2305.08891) alg. 1: sqrt(a) is shifted to end at zero and scaled to start where it did."""
     root = torch.cumprod(1 - betas, 0).sqrt()
     a = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
-    return 1 - a / torch.cat([torch.ones(1), a[:-1]])
+    return 1 - a / torch.cat([a.new_ones(1), a[:-1]])
 
 
 # Timesteps from T, the number of steps n, `steps_offset` and i = 0 .. n - 1, float64. In trailing the stride is not -T / n:
@@ -128,7 +128,7 @@ class DDPMScheduler:
         if values["rescale_betas_zero_snr"]:
             betas = _zero_terminal_snr(betas)
         self.alphas_cumprod = a = torch.cumprod(1 - betas, 0)
-        if betas.shape != (max(self.num_train_timesteps, 1),) or not (a.diff(prepend=torch.ones(1)) < 0).all() or a[-1] < 0:
+        if betas.shape != (max(self.num_train_timesteps, 1),) or not (a.diff(prepend=a.new_ones(1)) < 0).all() or a[-1] < 0:
             numbers = "num_train_timesteps numbers between 0 and 1 that leave something of a picture at all but the last"
             raise UserError(f"beta_start to beta_end, or trained_betas, are not {numbers}")
         self.final_alpha_cumprod: float = 1.0 if values["set_alpha_to_one"] else self.alphas_cumprod[0].item()

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from minibooth.checkpoint.source import Source
-from minibooth.diffusion.images import to_image, to_tensor
+from minibooth.diffusion.images import to_image, to_rgb, to_tensor
 from minibooth.diffusion.noise import gaussian, seeds_from
 from minibooth.diffusion.pipeline import Condition, Pipeline
 from minibooth.diffusion.scheduler import DDPMScheduler
@@ -90,7 +90,7 @@ class StableDiffusionUpscale(Pipeline):
         seed: int | None = None,
         tile: int = TILE,
     ) -> list[Image.Image]:
-        """Each RGB picture four times as wide and high.
+        """Each picture four times as wide and high.
 
         prompts, negative_prompts: one for all, or one for each picture. noise_level: 0 to `max_noise_level`; the higher, the
         freer. seed: picture i is drawn with seed + i, as by diffusers with torch.Generator().manual_seed(seed + i) where both
@@ -120,7 +120,7 @@ class StableDiffusionUpscale(Pipeline):
         if tile < 8:
             raise UserError(f"tile={tile} is too small: take 8 pixels or more")
         level, generator = torch.tensor([noise_level]), [torch.Generator().manual_seed(seed)]
-        low = to_tensor(image.convert("RGB"))[None]
+        low = to_tensor(to_rgb(image))[None]
         low = self.low_res_scheduler.add_noise(low, gaussian(low.shape, generator), level).to(self.device)
         noise = gaussian((1, self.channels, *low.shape[2:]), generator)  # one field for all tiles
         guided = self.guided([(*condition, level.to(self.device)) for condition in conditions], guidance_scale)

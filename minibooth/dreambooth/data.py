@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from minibooth.diffusion.images import to_tensor
+from minibooth.diffusion.images import to_rgb, to_tensor
 from minibooth.errors import UserError
 
 INTERPOLATION = {
@@ -64,23 +63,11 @@ def open_picture(path: Path) -> Image.Image:
         with Image.open(path) as image:
             if image.format == "TIFF" and path.suffix.lower() in RAW:
                 raise ValueError("a camera's raw file")
-            return _rgb(ImageOps.exif_transpose(image))
+            return to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError as error:
         raise UserError(f"picture {path} is too large; make it smaller ({error})") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on broken files
         raise UserError(f"cannot read picture {path} ({error}): convert it to JPEG or PNG, or remove it") from error
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F" or image.mode.startswith("I"):  # Pillow would clip these to 8 bits
-        levels = np.asarray(image)
-        if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
-            raise ValueError("grey levels of unknown range")
-        image = Image.fromarray((levels / 257).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 
 def crop(
@@ -89,8 +76,8 @@ def crop(
 ) -> Crop:  # fmt: skip
     """Resize an RGB picture's short side to `resolution`, then cut a square out, at the centre or anywhere.
 
-    Without `resize` the square is cut from the picture as it is, which must be large enough. With `flip` every other square
-    is mirrored. The generator (on the CPU) moves on by the same three draws whatever the options.
+    Without `resize` the square is cut from the picture as it is, which must be large enough. With `flip` half of
+    the squares are mirrored. The generator (on the CPU) moves on by the same three draws whatever the options.
     """
     width, height = picture.size
     short = min(width, height)

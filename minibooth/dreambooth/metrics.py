@@ -58,8 +58,8 @@ def agreement(pictures: Tensor, prompts: Tensor) -> float:
 @torch.no_grad()
 def diversity(pictures: Tensor, distance: Callable[[Tensor, Tensor], Tensor]) -> float:
     """Mean distance of different pictures [B, 3, H, W] in [-1, 1], each pair once; nan for a single picture."""
-    rows, columns = torch.triu_indices(len(pictures), len(pictures), offset=1)
-    return distance(pictures[rows], pictures[columns]).mean().item()
+    pairs = zip(*(x.split(BATCH) for x in torch.triu_indices(len(pictures), len(pictures), offset=1)), strict=True)
+    return torch.cat([distance(pictures[rows], pictures[columns]).flatten() for rows, columns in pairs]).mean().item()
 
 
 class Eyes:

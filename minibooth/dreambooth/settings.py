@@ -16,6 +16,12 @@ from minibooth.models.lora import TARGETS
 
 PRECISIONS, MIXED, FORMATS = ("no", "fp32", "fp16", "bf16"), ("no", "fp16", "bf16"), ("folder", "single")
 COMPILES = ("auto", "on", "off")
+NEEDED = {  # flags that mean nothing without another
+    "class_data_dir": "with_prior_preservation", "num_class_images": "with_prior_preservation",
+    "prior_loss_weight": "with_prior_preservation", "class_guidance_scale": "with_prior_preservation",
+    "prior_generation_precision": "with_prior_preservation", "text_encoder_lr": "train_text_encoder", "lora_targets": "rank",
+}  # fmt: skip
+OF_LORA = "validation_epochs", "image_interpolation_mode", "repeats", "output_kohya_format"  # the LoRA script's alone
 MOST = {int: 2.0**53, float: 3e38}  # beyond, numbers run out
 
 
@@ -106,6 +112,11 @@ class Settings:
     local_rank: int = flag(-1, "without effect")
     report_to: str = flag("none", "without effect: metrics go to OUTPUT_DIR/metrics.jsonl")
     logging_dir: str = flag("logs", "without effect: metrics go to OUTPUT_DIR/metrics.jsonl")
+    repeats: int = flag(1, "without effect: a run takes as many steps as --max_train_steps says")
+    optimizer: str = flag("AdamW", "without effect: the only one", choices=("AdamW", "adamw"))
+    output_kohya_format: bool = flag(False, "without effect: a LoRA comes as diffusers' file and as kohya's")
+    pretrained_vae_model_name_or_path: str | None = flag(None, "without effect: the model's own, in fp32 where fp16 overflows")
+    cache_dir: str | None = flag(None, "without effect: HF_HOME says where the hub's files are kept")
     skip_save_text_encoder: bool = flag(False, "without effect: the result is a whole pipeline")
     validation_scheduler: str = flag("DPMSolverMultistepScheduler", "without effect: DPM-Solver++ draws")
     validation_images: tuple[str, ...] = flag((), "without effect: an upscaler is shown the photographs", nargs="+")
@@ -154,9 +165,15 @@ class Settings:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
 
     def notes(self) -> list[str]:
-        """A line for each flag that was given and has no effect."""
-        said = {f.name: f.metadata["help"] for f in dataclasses.fields(self) if f.name in self.given()}
-        return [f"--{name}: {help}" for name, help in said.items() if help.startswith("without effect")]
+        """A line for each flag that was given and has no effect, and one where a command for a LoRA trains all weights."""
+        given = self.given()
+        said = {f.name: f.metadata["help"] for f in dataclasses.fields(self) if f.name in given}
+        if self.stage != "super_resolution":  # a second step has the first one's flags
+            lacking = {name: other for name, other in NEEDED.items() if name in given and other not in given}
+            said |= {name: f"without effect: add --{other}" for name, other in lacking.items()}
+        notes = [f"--{name}: {help}" for name, help in said.items() if help.startswith("without effect")]
+        copied = not self.rank and any(name in given for name in OF_LORA)
+        return notes + ["all weights train; for a LoRA, as by train_dreambooth_lora.py, add --rank 4"] * copied
 
     def samples(self, processes: int) -> int:
         """The subject's samples in a step."""

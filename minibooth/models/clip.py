@@ -88,6 +88,7 @@ class TextModel(nn.Module):
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
+        self.end = config.eos_token_id
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
@@ -99,10 +100,11 @@ class TextModel(nn.Module):
     def pooled(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """The state before the last layer [B, N, D], not normalised, and the last one at the end token [B, D].
 
-        The end token is the vocabulary's last.
+        The end token is the first eos_token_id; where that is 2, as in published files, the largest, as transformers has it.
         """
         penultimate, last = self(ids)
-        return penultimate, last[torch.arange(len(ids), device=ids.device), ids.argmax(dim=1)]
+        places = (ids if self.end == 2 else (ids == self.end).int()).argmax(dim=1)
+        return penultimate, last[torch.arange(len(ids), device=ids.device), places]
 
 
 class CLIPText(nn.Module):

@@ -66,7 +66,7 @@ class UNet(nn.Module):
             skips += [width] * (depth + (level < last))
 
         width = widths[-1]
-        attentions = transformers(1, last, cross=config.only_cross_attention is True)
+        attentions = transformers(1, last, cross=False)
         self.mid_block = Block([resnet(width, width), resnet(width, width)], attentions)
 
         self.up_blocks = nn.ModuleList()
