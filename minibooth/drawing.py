@@ -52,7 +52,7 @@ def parser(
 
 
 def open_model(flags: argparse.Namespace, wanted: type[Pipeline]) -> Any:
-    """The pipeline of --model with its LoRAs. Before, --output_dir is made; --sampler and --seed get what was not said."""
+    """The pipeline of --model with its LoRAs. Also makes --output_dir, and fills in --sampler and --seed."""
     command.ready_folder(flags.output_dir)
     if Path(flags.model).parent == WEIGHTS and not Path(flags.model).is_dir():
         raise UserError(f"the embedded model is not in {flags.model}; name another with --model")

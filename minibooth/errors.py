@@ -12,7 +12,7 @@ class UserError(ValueError):
 def blaming(name: object) -> Iterator[None]:
     """Within, whatever goes wrong is due to what the file `name` holds, and ends in a UserError that says so.
 
-    There is no end to what a file may get wrong. It need not be listed: what is made of its content works, or raises something.
+    Files fail in too many ways to list them all, so any exception inside counts as the file's fault.
     """
     try:
         yield

@@ -45,7 +45,7 @@ def given_flags(argv: Sequence[str]) -> dict[str, typing.Any]:
     for f in dataclasses.fields(Settings):
         kind = next(each for each in (*typing.get_args(f.type), f.type) if each is not type(None))
         how: dict[str, typing.Any] = {"action": "store_true"} if kind is bool else {"type": kind}
-        how |= {key: value for key, value in f.metadata.items() if key != "least"}
+        how |= {key: value for key, value in f.metadata.items() if key in ("help", "choices", "nargs")}
         if f.default and not how["help"].startswith("without effect"):
             how["help"] += f" [{' '.join(map(str, f.default)) if isinstance(f.default, tuple) else f.default}]"
         parser.add_argument(f"--{f.name}", *ALIASES.get(f.name, ()), default=argparse.SUPPRESS, **how)

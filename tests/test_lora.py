@@ -373,9 +373,8 @@ def test_strengths_fit_the_loras(sd1, tmp_path, capsys):
 @pytest.mark.parametrize(
     "word, said",
     [
-        ("--lora_alpha=4", "--rank"),
         ("--rank=-1", "--rank -1"),
-        ("--lora_dropout=1", "--rank"),
+        ("--lora_dropout=1", "--lora_dropout 1.0 is not between"),
         ("--lora_targets=x", "lora_targets"),
     ],
 )

@@ -17,7 +17,7 @@ from minibooth import train
 from minibooth.dreambooth import prior, stages
 from minibooth.dreambooth import trainer as trainer_module
 from minibooth.dreambooth.parallel import Ranks
-from minibooth.dreambooth.settings import NEEDED, OF_LORA, Settings
+from minibooth.dreambooth.settings import Settings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -121,6 +121,9 @@ def test_a_flag_without_effect_prints_one_note(name, tmp_path, capsys):
     assert len(notes) == 1 and f"--{name}" in notes[0]
 
 
+NEEDED = {f.name: f.metadata["needs"] for f in dataclasses.fields(Settings) if "needs" in f.metadata}
+
+
 @pytest.mark.parametrize("given, other", NEEDED.items())
 def test_a_flag_that_lacks_another_prints_one_note(given, other):
     words = {"class_data_dir": "class", "prior_generation_precision": "fp32", "lora_targets": "all", "num_class_images": 9}
@@ -130,7 +133,7 @@ def test_a_flag_that_lacks_another_prints_one_note(given, other):
     assert dataclasses.replace(settings, stage="super_resolution").notes() == []  # of the first step, which said it
 
 
-@pytest.mark.parametrize("name", OF_LORA)
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Settings) if "lora" in f.metadata])
 def test_a_command_for_the_script_that_trains_loras_is_told_what_makes_one(name):
     settings = Settings(**{name: "x"})
     assert "all weights train; for a LoRA, as by train_dreambooth_lora.py, add --rank 4" in settings.notes()

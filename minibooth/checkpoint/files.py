@@ -173,12 +173,9 @@ def parse_json(data: bytes, name: Path | str) -> dict:
 
 
 def write_weights(
-    path: Path,
-    tensors: Mapping[str, Tensor],
-    like: Mapping[str, Tensor] | None = None,
-    dtype: torch.dtype | None = None,
+    path: Path, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor] | None = None, dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Write one safetensors file, tensor by tensor: no more than one is read at a time.
 
     Each gets the dtype that `like` has it in; a floating-point one gets `dtype`, where that is given.

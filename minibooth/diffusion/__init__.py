@@ -19,16 +19,10 @@ PIPELINES: dict[str, type[Pipeline]] = {
 
 
 def load(
-    source: str | Path | Source,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    variant: str | None = None,
-    prediction_type: str | None = None,
-    revision: str | None = None,
-    tokenizer: str | Path | None = None,
-    ema: bool = False,
-    wanted: type[Pipeline] = Pipeline,
-) -> Any:
+    source: str | Path | Source, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+    variant: str | None = None, prediction_type: str | None = None, revision: str | None = None,
+    tokenizer: str | Path | None = None, ema: bool = False, wanted: type[Pipeline] = Pipeline,
+) -> Any:  # fmt: skip
     """A ready pipeline from a folder in the diffusers layout, an LDM single file, "owner/name" on the hub, or an open Source.
 
     StableDiffusion(XL) or StableDiffusionUpscale, as the checkpoint says; any other than `wanted` is refused.

@@ -1,8 +1,8 @@
 """Randomness as an argument: generators keyed by what they are for, and the normals they draw.
 
 Noise is always drawn in float32 on the CPU and moved afterwards, so that a seed means the same picture on every device
-and in every precision. One generator per sample, keyed by (seed, step, sample), makes a sample's noise independent of
-its batch and of the number of processes.
+and in every precision. One generator per sample, keyed by the seed, its purpose and the sample's number, makes a
+sample's noise independent of its batch and of the number of processes.
 
 B is the batch size.
 """

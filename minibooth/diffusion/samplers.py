@@ -168,14 +168,9 @@ def calls(sampler: str, steps: int) -> int:
 
 
 def trajectory(
-    predict: Predict,
-    x: Tensor,
-    scheduler: DDPMScheduler,
-    steps: int,
-    sampler: str = "ddim",
-    generator: Generators = None,
+    predict: Predict, x: Tensor, scheduler: DDPMScheduler, steps: int, sampler: str = "ddim", generator: Generators = None,
     eta: float = 0.0,
-) -> Iterator[Tensor]:
+) -> Iterator[Tensor]:  # fmt: skip
     """x after each of the sampler's steps; `sample` says what goes in."""
     if sampler not in SAMPLERS:
         raise UserError(f"no sampler is named {sampler!r}; there are {', '.join(SAMPLERS)}")
@@ -192,14 +187,9 @@ def trajectory(
 
 
 def sample(
-    predict: Predict,
-    x: Tensor,
-    scheduler: DDPMScheduler,
-    steps: int,
-    sampler: str = "ddim",
-    generator: Generators = None,
+    predict: Predict, x: Tensor, scheduler: DDPMScheduler, steps: int, sampler: str = "ddim", generator: Generators = None,
     eta: float = 0.0,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The sample that the starting noise x, [B, ...] of unit variance, leads to; in its shape and dtype, on its device.
 
     predict(x, t): what the network predicts, epsilon or v as `scheduler.prediction_type` says, from x scaled for it and

@@ -3,7 +3,7 @@ of Stable Diffusion 2 (Stability-AI/stablediffusion, configs/stable-diffusion/x4
 
 The picture stands beside the latent, which has its size, as three more channels of the UNet's input (Saharia et al. 2021, SR3,
 arXiv 2104.07636). It is noised first, and the UNet is told how much (conditioning augmentation: Ho et al. 2021, arXiv
-2106.15282, section 4), so that it trusts the picture's outlines and invents the detail: more of it, the higher the level.
+2106.15282, section 3), so that it trusts the picture's outlines and invents the detail: more of it, the higher the level.
 
 Shapes: h x w, the picture's size and the latent's; 4h x 4w, the result's. Neither needs to be divisible by anything.
 """
@@ -79,17 +79,10 @@ class StableDiffusionUpscale(Pipeline):
 
     @torch.no_grad()
     def generate(
-        self,
-        prompts: str | Sequence[str],
-        images: Image.Image | Sequence[Image.Image],
-        noise_level: int = 20,
-        negative_prompts: str | Sequence[str] | None = None,
-        steps: int = 75,
-        guidance_scale: float = 9.0,
-        sampler: str | None = None,
-        seed: int | None = None,
-        tile: int = TILE,
-    ) -> list[Image.Image]:
+        self, prompts: str | Sequence[str], images: Image.Image | Sequence[Image.Image], noise_level: int = 20,
+        negative_prompts: str | Sequence[str] | None = None, steps: int = 75, guidance_scale: float = 9.0,
+        sampler: str | None = None, seed: int | None = None, tile: int = TILE,
+    ) -> list[Image.Image]:  # fmt: skip
         """Each picture four times as wide and high.
 
         prompts, negative_prompts: one for all, or one for each picture. noise_level: 0 to `max_noise_level`; the higher, the

@@ -29,17 +29,10 @@ class StableDiffusion(Pipeline):
 
     @torch.no_grad()
     def generate(
-        self,
-        prompts: str | Sequence[str],
-        negative_prompts: str | Sequence[str] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        steps: int = 50,
-        guidance_scale: float = 7.5,
-        sampler: str | None = None,
-        seed: int | None = None,
-        latents: Tensor | None = None,
-    ) -> list[Image.Image]:
+        self, prompts: str | Sequence[str], negative_prompts: str | Sequence[str] | None = None,
+        height: int | None = None, width: int | None = None, steps: int = 50, guidance_scale: float = 7.5,
+        sampler: str | None = None, seed: int | None = None, latents: Tensor | None = None,
+    ) -> list[Image.Image]:  # fmt: skip
         """Draw a picture for each prompt.
 
         height, width: pixels, divisible by 8; the model's own size where not given. sampler: ddim where not given (XL: euler).

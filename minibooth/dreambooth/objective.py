@@ -1,5 +1,8 @@
 """The objective of DreamBooth: the subject's error plus lambda times the class's. Ruiz et al. 2022, arXiv 2208.12242, eq. 2.
 
+The paper's errors are of x0, weighted by w_t. Ours are of the noise, which is w_t = SNR(t), or of v, w_t = SNR(t) + 1; its
+alpha_t and sigma_t are sqrt(a_t) and sqrt(1 - a_t) of `diffusion/scheduler.py`.
+
 Shapes: B batch; with prior preservation its first half is the subject, its second the class.
 """
 
@@ -18,13 +21,9 @@ def min_snr_weight(timesteps: Tensor, scheduler: DDPMScheduler, gamma: float) ->
 
 
 def dreambooth_loss(
-    prediction: Tensor,
-    target: Tensor,
-    timesteps: Tensor,
-    scheduler: DDPMScheduler,
-    prior_loss_weight: float | None = None,
-    snr_gamma: float | None = None,
-) -> dict[str, Tensor]:
+    prediction: Tensor, target: Tensor, timesteps: Tensor, scheduler: DDPMScheduler,
+    prior_loss_weight: float | None = None, snr_gamma: float | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """Scalars {"loss", "subject", "prior"} with loss = subject + prior_loss_weight * prior.
 
     prediction, target: [B, C, h, w] at timesteps [B]. One squared error per sample, weighted for its own timestep where

@@ -85,7 +85,7 @@ class AdamW(torch.optim.Optimizer):
     def advance(self, parameters: Sequence[Any], group: dict[str, Any], excess: Tensor | None = None) -> None:
         """One step of some of a group's parameters: by torch's own kernel, the fastest there, of those all in fp32.
 
-        excess: how many times as long as they may be gradients are; they are divided by it as they are read.
+        excess: the gradients' norm over `max_norm`, at least 1; gradients are divided by it as they are read.
         """
         (beta1, beta2), rate, decay, epsilon = group["betas"], group["lr"], group["weight_decay"], group["eps"]
         kinds: dict[bool, list[Any]] = {True: [], False: []}
@@ -175,7 +175,7 @@ def code(signed: bool, device: torch.device | str = "cpu") -> tuple[Tensor, Tens
 
 
 def looked_up(table: Tensor, places: Tensor) -> Tensor:
-    """table[places], by what is fastest: one divides every place by BLOCK where it is compiled, the other is slow where not."""
+    """table[places]. Indexing is slow where it is not compiled; compiled, index_select divides for every element."""
     if torch.compiler.is_compiling():
         return table[places]
     return table.index_select(0, places.view(-1)).view_as(places)

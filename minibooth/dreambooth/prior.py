@@ -1,7 +1,8 @@
 """Pictures that a model draws to be kept; among them the class pictures of prior preservation, of the frozen model itself.
 
-Ruiz et al. 2022, section 3.3. They lie in a folder of their own that is named after all they depend on (prompt, weights,
-sampler, size), so that they are reused only for what they were drawn for, and an interrupted run goes on.
+Ruiz et al. 2022, section 3.3, which draws them by ancestral sampling; here DPM-Solver++ takes 25 steps. They lie in a folder
+of their own that is named after all they depend on (prompt, weights, sampler, size), so that they are reused only for what
+they were drawn for, and an interrupted run goes on.
 """
 
 import hashlib

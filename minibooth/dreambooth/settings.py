@@ -15,18 +15,14 @@ from minibooth.errors import UserError
 from minibooth.models.lora import TARGETS
 
 PRECISIONS, MIXED, FORMATS = ("no", "fp32", "fp16", "bf16"), ("no", "fp16", "bf16"), ("folder", "single")
-COMPILES = ("auto", "on", "off")
-NEEDED = {  # flags that mean nothing without another
-    "class_data_dir": "with_prior_preservation", "num_class_images": "with_prior_preservation",
-    "prior_loss_weight": "with_prior_preservation", "class_guidance_scale": "with_prior_preservation",
-    "prior_generation_precision": "with_prior_preservation", "text_encoder_lr": "train_text_encoder", "lora_targets": "rank",
-}  # fmt: skip
-OF_LORA = "validation_epochs", "image_interpolation_mode", "repeats", "output_kohya_format"  # the LoRA script's alone
+COMPILES, PRIOR = ("auto", "on", "off"), "with_prior_preservation"
 MOST = {int: 2.0**53, float: 3e38}  # beyond, numbers run out
 
 
 def flag(default: Any, help: str, **more: Any) -> Any:
-    """A setting: its default, its line of help, its `least` value, and what else argparse should know (choices, nargs)."""
+    """A setting: its default, its line of help, and what else argparse should know (choices, nargs), or `check` and `notes`:
+    its `least` value, the flag that it `needs` to mean anything, whether of diffusers' scripts that for LoRAs alone has it.
+    """
     return field(default=default, metadata={"help": help, **more})
 
 
@@ -41,31 +37,33 @@ class Settings:
     prediction_type: str | None = flag(None, "overrules what the model says of itself", choices=("epsilon", "v_prediction"))
     instance_data_dir: str = flag("", "folder with the subject's 3-5 photographs")
     instance_prompt: str = flag("", 'prompt with the identifier: "a photo of sks dog"')
-    class_data_dir: str | None = flag(None, "folder of class pictures, topped up to --num_class_images [OUTPUT_DIR/class]")
+    class_data_dir: str | None = flag(None, "class pictures, topped up to --num_class_images [OUTPUT_DIR/class]", needs=PRIOR)
     class_prompt: str = flag("", 'prompt of the class: "a photo of dog"')
     with_prior_preservation: bool = flag(False, "also train on class pictures, so that the class keeps its variety")
-    prior_loss_weight: float = flag(1.0, "lambda of the paper", least=0)
-    num_class_images: int = flag(100, "class pictures to train on; missing ones are drawn by the model itself", least=1)
+    prior_loss_weight: float = flag(1.0, "lambda of the paper", least=0, needs=PRIOR)
+    num_class_images: int = flag(100, "class pictures; missing ones are drawn by the model itself", least=1, needs=PRIOR)
     sample_batch_size: int = flag(4, "class pictures, and those of a grid, drawn at a time", least=1)
-    prior_generation_precision: str | None = flag(None, "of class pictures [fp16 on a GPU, else fp32]", choices=PRECISIONS)
-    class_guidance_scale: float = flag(7.5, "how strictly drawn class pictures follow their prompt")
+    prior_generation_precision: str | None = flag(None, "of class pictures [fp16 on a GPU]", choices=PRECISIONS, needs=PRIOR)
+    class_guidance_scale: float = flag(7.5, "how strictly drawn class pictures follow their prompt", needs=PRIOR)
     stage: str | None = flag(None, "what is trained [what the model is for]", choices=("text_to_image", "super_resolution"))
     upscaler: str = flag("", "an x4-upscaler to train afterwards on the same photographs: OUTPUT_DIR/upscaler")
     noise_levels: tuple[int, int] = flag((0, 0), "least and most noise on what an upscaler is shown; it had 0 349", nargs=2)
     resolution: int = flag(512, "side of the training crops in pixels; an upscaler's are cut at the pictures' full detail")
     center_crop: bool = flag(False, "cut at the centre instead of anywhere")
     random_flip: bool = flag(False, "mirror half of the crops, at random")
-    image_interpolation_mode: str = flag("lanczos", "filter that resizes photographs", choices=tuple(INTERPOLATION))
+    image_interpolation_mode: str = flag("lanczos", "filter that resizes photographs", choices=tuple(INTERPOLATION), lora=True)
     crops_per_image: int = flag(8, "different crops encoded per picture; 0 cuts and encodes anew at every step", least=0)
     output_dir: str = flag("dreambooth-model", "where everything goes")
     output_format: str = flag("folder", "or a single file NAME/NAME.safetensors for A1111 and ComfyUI", choices=FORMATS)
     seed: int | None = flag(None, "repeats a run exactly [drawn by lot]", least=0)
     train_text_encoder: bool = flag(False, "train the text encoder too")
-    text_encoder_lr: float | None = flag(None, "its learning rate [--learning_rate]", least=0)
+    text_encoder_lr: float | None = flag(None, "its learning rate [--learning_rate]", least=0, needs="train_text_encoder")
     rank: int = flag(0, "train a LoRA of this rank (4 is usual), with a learning rate of about 1e-4; 0: all weights", least=0)
-    lora_alpha: float | None = flag(None, "alpha of the LoRA, which works in strength alpha / rank [the rank]")
-    lora_dropout: float = flag(0.0, "share of a layer's inputs that its LoRA does not see in a training step")
-    lora_targets: str = flag("attention", "layers: attention, or all linear ones and convolutions", choices=tuple(TARGETS))
+    lora_alpha: float | None = flag(None, "alpha of the LoRA, which works in strength alpha / rank [the rank]", needs="rank")
+    lora_dropout: float = flag(0.0, "share of a layer's inputs that its LoRA does not see in a training step", needs="rank")
+    lora_targets: str = flag(
+        "attention", "attention, or all linear ones and convolutions", choices=tuple(TARGETS), needs="rank"
+    )
     train_batch_size: int = flag(4, "subject pictures a step and process; for the prior as many of the class besides", least=1)
     num_train_epochs: int = flag(1, "passes over the pictures, where --max_train_steps is not given", least=1)
     max_train_steps: int | None = flag(None, "steps in all [--num_train_epochs]", least=1)
@@ -104,7 +102,7 @@ class Settings:
     hub_model_id: str | None = flag(None, "owner/name to upload to [the output folder's name]")
     hub_token: str | None = flag(None, "the hub's token, if you are not logged in")
     # Accepted without effect.
-    validation_epochs: int | None = flag(None, "without effect: see --validation_steps")
+    validation_epochs: int | None = flag(None, "without effect: see --validation_steps", lora=True)
     pre_compute_text_embeddings: bool = flag(False, "without effect: a frozen text encoder's output is always kept")
     dataloader_num_workers: int = flag(0, "without effect: pictures are encoded once, before training")
     enable_xformers_memory_efficient_attention: bool = flag(False, "without effect: PyTorch's own attention is used")
@@ -112,9 +110,9 @@ class Settings:
     local_rank: int = flag(-1, "without effect")
     report_to: str = flag("none", "without effect: metrics go to OUTPUT_DIR/metrics.jsonl")
     logging_dir: str = flag("logs", "without effect: metrics go to OUTPUT_DIR/metrics.jsonl")
-    repeats: int = flag(1, "without effect: a run takes as many steps as --max_train_steps says")
+    repeats: int = flag(1, "without effect: a run takes as many steps as --max_train_steps says", lora=True)
     optimizer: str = flag("AdamW", "without effect: the only one", choices=("AdamW", "adamw"))
-    output_kohya_format: bool = flag(False, "without effect: a LoRA comes as diffusers' file and as kohya's")
+    output_kohya_format: bool = flag(False, "without effect: a LoRA comes as diffusers' file and as kohya's", lora=True)
     pretrained_vae_model_name_or_path: str | None = flag(None, "without effect: the model's own, in fp32 where fp16 overflows")
     cache_dir: str | None = flag(None, "without effect: HF_HOME says where the hub's files are kept")
     skip_save_text_encoder: bool = flag(False, "without effect: the result is a whole pipeline")
@@ -141,8 +139,6 @@ class Settings:
             '--with_prior_preservation needs --class_prompt, such as "a photo of dog"':
                 self.with_prior_preservation and not self.class_prompt,
             f"--resolution {self.resolution} is not divisible by 8": self.resolution % 8 or self.resolution <= 0,
-            "--lora_alpha is a LoRA's: add --rank 4 to train one": self.lora_alpha and not self.rank,
-            "--lora_dropout is a LoRA's: add --rank 4 to train one": self.lora_dropout and not self.rank,
             "--output_format single is for whole models; a LoRA comes as diffusers' file and as kohya's":
                 self.rank and self.output_format == "single",
             f"--lora_dropout {self.lora_dropout} is not between 0 and 1": not 0 <= self.lora_dropout < 1,
@@ -167,12 +163,13 @@ class Settings:
     def notes(self) -> list[str]:
         """A line for each flag that was given and has no effect, and one where a command for a LoRA trains all weights."""
         given = self.given()
-        said = {f.name: f.metadata["help"] for f in dataclasses.fields(self) if f.name in given}
+        known = {f.name: f.metadata for f in dataclasses.fields(self) if f.name in given}
+        said = {name: own["help"] for name, own in known.items() if own["help"].startswith("without effect")}
         if self.stage != "super_resolution":  # a second step has the first one's flags
-            lacking = {name: other for name, other in NEEDED.items() if name in given and other not in given}
+            lacking = {name: own["needs"] for name, own in known.items() if own.get("needs", name) not in given}
             said |= {name: f"without effect: add --{other}" for name, other in lacking.items()}
-        notes = [f"--{name}: {help}" for name, help in said.items() if help.startswith("without effect")]
-        copied = not self.rank and any(name in given for name in OF_LORA)
+        copied = not self.rank and any("lora" in own for own in known.values())
+        notes = [f"--{name}: {help}" for name, help in said.items()]
         return notes + ["all weights train; for a LoRA, as by train_dreambooth_lora.py, add --rank 4"] * copied
 
     def samples(self, processes: int) -> int:

@@ -61,7 +61,7 @@ def compile_layers(network: nn.Module) -> None:
 
 class Product(torch.autograd.Function):
     """a [M, K] @ b [N, K]^T, or with a window (stride, padding) the convolution of pictures b by kernels a. Sums are taken in
-    fp32, as units for bf16 take them; for the backward pass a and b are kept, as far as it needs them, in what they came in.
+    fp32, as units for bf16 take them. Of a and b only what a gradient needs is kept, in the precision it came in.
     """
 
     @staticmethod
@@ -95,8 +95,8 @@ class Linear(nn.Linear):
 
 class Conv2d(nn.Conv2d):
     """As a product of matrices, [O, K] and [B L, K], where a CPU is faster with that: for 1x1, and for far more weights than
-    places, which PyTorch's own convolution brings into another order and back. In fp32 only the backward pass is much faster,
-    and without one nothing changes; in what is emulated all is a `Product`.
+    places, which PyTorch's own convolution brings into another order and back. In fp32 only the backward pass gains, so where
+    there is none PyTorch's own is left to do it. In an emulated precision every convolution is a `Product`.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The two steps of DreamBooth as the trainer sees them: what a picture's crop is, what the UNet is told of it, what is drawn.
 
-First the text-to-image model, then super-resolution on pairs of low and high resolution from the same pictures. Ruiz et al.
-2022, sections 3.1 and 3.4.
+First the text-to-image model (Ruiz et al. 2022, section 3.2), then super-resolution on pairs of low and high resolution from
+the same pictures (supplement, "Personalized Instance-Specific Super-Resolution").
 
 Shapes: B batch, H x W = resolution x resolution, h x w latent size.
 """
@@ -75,7 +75,7 @@ class SuperResolution(TextToImage):
     """A picture is cut at its full detail, and shrunk for the UNet to see, noised by a level drawn anew at each step.
 
     LatentUpscaleDiffusion of Stability-AI/stablediffusion, which draws levels 0 to 349. DreamBooth lowers the noise, lest the
-    model learns to invent what the pictures show.
+    model learns to invent what the pictures show: level 0 adds the schedule's least, of variance 1e-4 (the paper: 1e-5).
     """
 
     name, draw_command = "super_resolution", "upscale --noise_level {} --images ..."

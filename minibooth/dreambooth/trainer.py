@@ -1,9 +1,9 @@
 """DreamBooth's training: photograph -> latent -> noise -> UNet -> loss -> step. Ruiz et al. 2022, arXiv 2208.12242.
 
-Whatever does not train is computed once, before the loop. All randomness is keyed by (seed, step, sample), so a resumed run
-ends in the bits of one that was never stopped, and drawing pictures on the way changes nothing.
+Whatever does not train is computed once, before the loop. All randomness is keyed by what it is for and the sample's number, so
+a resumed run ends in the bits of one that was never stopped, and drawing pictures on the way changes nothing.
 
-Shapes: B subject samples a step (2B rows with prior preservation), Z latent channels, h x w latent size, N tokens, D width.
+Shapes: B subject samples of a batch and process (2B rows with prior preservation), Z latent channels, h x w latent size.
 """
 
 import contextlib
@@ -219,7 +219,7 @@ class Trainer:
     def sample(self, latents: Latents, n: int) -> tuple[Tensor, ...]:
         """The run's n-th sample: latent x0 and noise [1, Z, h, w], timestep [1], and what else the UNet is told, [1, ...].
 
-        Depends on (seed, n) alone.
+        Depends on the seed, which set it is and n alone.
         """
         rng = generator(latents.seed, latents.name, "sample", n)
         posterior, known = latents[n]
@@ -238,7 +238,7 @@ class Trainer:
     def update(self, *batches: Tensor) -> Tensor:
         """All that a device does in a step on one or more `batch`es, one after the other: [loss, subject, prior], means.
 
-        From the same tensors always the same operations, and nothing is read back, so that it can be a graph.
+        The same kernels run whatever the values are, and none is waited for, so that it can be captured as a CUDA graph.
         """
         parts = self.settings.gradient_accumulation_steps
         size, total = len(batches) // parts, torch.zeros(3, device=self.device)

@@ -161,7 +161,7 @@ class Recomputed(nn.Module):
     def forward(self, *args: Any, **joined: Any) -> Tensor:
         if (skip := joined.get("skip")) is not None and skip.requires_grad:
             skip = joined["skip"] = skip.view_as(skip)
-            skip.register_hook(torch.clone)  # its gradient waits long, as a view that keeps what it is joined to
+            skip.register_hook(torch.clone)  # else a view, which keeps the gradient of all that it is joined to
         return checkpoint(super().forward, *args, use_reentrant=False, preserve_rng_state=self.dropout, **joined)
 
 
@@ -173,7 +173,7 @@ def recomputed(kind: Any, dropout: bool) -> Any:
 def recompute_activations(network: nn.Module, dropout: bool = False) -> None:
     """Put gradient checkpointing on from outside.
 
-    The blocks of a deep transformer (XL's have up to ten) do it, too, when their time comes, one after the other.
+    The blocks of a deep transformer (XL's have up to ten) are checkpointed as well, so that they are recomputed one by one.
     """
     parts: list[Any] = [part for part in network.modules() if isinstance(part, BLOCKS)]
     stacks = [part.transformer_blocks for part in parts if isinstance(part, Transformer)]

@@ -181,12 +181,9 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self,
-        resnets: Iterable[ResnetBlock],
-        attentions: Iterable[nn.Module] = (),
-        downsampler: Downsample | None = None,
-        upsampler: Upsample | None = None,
-    ):
+        self, resnets: Iterable[ResnetBlock], attentions: Iterable[nn.Module] = (),
+        downsampler: Downsample | None = None, upsampler: Upsample | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.attentions = nn.ModuleList(attentions)
         self.resnets = nn.ModuleList(resnets)
@@ -194,13 +191,9 @@ class Block(nn.Module):
         self.upsamplers = nn.ModuleList([upsampler] if upsampler else [])
 
     def forward(
-        self,
-        x: Tensor,
-        time: Tensor | None = None,
-        context: Tensor | None = None,
-        push: list[Tensor] | None = None,
-        pop: list[Tensor] | None = None,
-    ) -> Tensor:
+        self, x: Tensor, time: Tensor | None = None, context: Tensor | None = None,
+        push: list[Tensor] | None = None, pop: list[Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, time, skip=pop.pop() if pop else None)
             if i < len(self.attentions):

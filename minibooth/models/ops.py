@@ -26,7 +26,7 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float)
 
 
 def geglu(x: Tensor) -> Tensor:
-    """[..., 2D] -> [..., D]: the first half, gated by the exact (erf) GELU of the second. Shazeer 2020, eq. 6."""
+    """[..., 2D] -> [..., D]: the first half, gated by the exact (erf) GELU of the second. Shazeer 2020, eq. 5."""
     x, gate = x.chunk(2, dim=-1)
     return x * F.gelu(gate)
 
@@ -40,7 +40,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, 
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False, upcast: bool = False) -> Tensor:
-    """Multi-head softmax(q k^T / sqrt(D / H)) v over [B, N, D]; `upcast` does it in fp32 (SD 2.1 overflows in fp16)."""
+    """Multi-head softmax(q k^T / sqrt(D / H)) v over [B, N, D]; `upcast` does it in fp32 (SD 2.1 overflows in fp16).
+
+    Under autocast PyTorch casts back; its kernels for GPUs then take products in half precision and their sums in fp32.
+    """
     dtype = v.dtype
     q, k, v = (rearrange(x.float() if upcast else x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)

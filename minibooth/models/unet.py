@@ -1,6 +1,7 @@
 """The UNet of Stable Diffusion 1, 2, XL and x4: what predicts the noise (or the velocity) in a latent. Rombach et al. 2022.
 
-Shapes: B batch, C latent channels, h x w latent size, N prompt tokens, D width of their encoding, P of the pooled one.
+Shapes: B batch, C channels that go in (x4: 4 + 3), h x w latent size, N prompt tokens, D width of their encoding, P of the
+pooled one.
 """
 
 from typing import Any
