@@ -2,6 +2,7 @@
 
     python scripts/counting.py --pretrained_model_name_or_path FOLDER --resolution 512 [flags of minibooth.train]
 
+FOLDER is one in the diffusers layout, here; its weights are not read.
 Runs two steps, optimizer included, as a GPU with flash attention would in bf16 (under autocast, but with --full_bf16), and
 prints the second's peak.
 Besides it a process on a GPU holds CUDA's own memory (about half a GiB) and what its allocator loses to fragments.
@@ -12,7 +13,7 @@ import shutil
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,8 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from minibooth import train
-from minibooth.checkpoint.source import COMPONENTS, KINDS, Source
+from minibooth import command, train
+from minibooth.checkpoint.source import COMPONENTS, KINDS, Source, find
 from minibooth.dreambooth.optimizer import AdamW
 from minibooth.dreambooth.settings import Settings
 from minibooth.dreambooth.weights import recompute_activations
@@ -54,7 +55,7 @@ def filled(model: Path, folder: Path) -> Path:
 
 def networks(s: Settings) -> dict[str, Any]:
     """The UNet, and the text encoder where it trains, on meta, as the trainer prepares them."""
-    source = described(Path(s.pretrained_model_name_or_path))
+    source = described(find(s.pretrained_model_name_or_path))
     texts = [name for name in KINDS[source.kind] if name.startswith("text_encoder")] * s.train_text_encoder
     found = {name: source.skeleton(name).train().requires_grad_(not s.rank) for name in ("unet", *texts)}
     for network in found.values():
@@ -156,13 +157,18 @@ class Held(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for x in tree_leaves(result):
-            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in self.known:
-                storage = x.untyped_storage()
-                self.known.add(storage._cdata)
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self.drop, storage._cdata, storage.nbytes())
-        self.peak = max(self.peak, self.now)
+            if isinstance(x, Tensor):
+                self.hold(x)
         return result
+
+    def hold(self, x: Tensor) -> None:
+        """Count a tensor, until it is gone."""
+        storage = x.untyped_storage()
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.drop, storage._cdata, storage.nbytes())
 
     def drop(self, number: int, size: int) -> None:
         self.known.discard(number)
@@ -172,11 +178,13 @@ class Held(TorchDispatchMode):
 def memory(s: Settings) -> dict[str, float]:
     """GiB: weights, moments, what a step needs besides (gradients, activations, what the update takes), and the peak."""
     found, kept = networks(s), torch.bfloat16 if s.full_bf16 else torch.float32
+    parameters = [p for network in found.values() for p in network.parameters()]
+    for p in parameters:
+        p.data = p.data.to(kept if p.requires_grad else torch.bfloat16)
     with Held() as held, gpu_kernels():
-        for network in found.values():
-            network.to(kept)
-        weights = sum(p.nbytes for network in found.values() for p in network.parameters())
-        trained = [p for network in found.values() for p in network.parameters() if p.requires_grad]
+        for p in parameters:
+            held.hold(p)
+        weights, trained = sum(p.nbytes for p in parameters), [p for p in parameters if p.requires_grad]
         groups = [{"params": trained, "lr": 1e-6}]
         optimizer = AdamW(groups, (0.9, 0.999), 1e-8, 0.01, s.use_8bit_adam)
         if s.fused_backward_pass:
@@ -185,11 +193,15 @@ def memory(s: Settings) -> dict[str, float]:
             held.peak = held.now
             step(s, found)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=False)
+            optimizer.zero_grad()
     moments = sum(x.nbytes for state in optimizer.state.values() for x in state.values())
     sizes = {"weights": weights, "moments": moments, "besides": held.peak - weights - moments, "peak": held.peak}
     return {name: size / 2**30 for name, size in sizes.items()}
 
 
+def main(argv: Sequence[str]) -> None:
+    print(memory(train.parse(argv)))
+
+
 if __name__ == "__main__":
-    print(memory(train.parse(sys.argv[1:])))
+    command.run(main, sys.argv)

@@ -2,15 +2,15 @@
 
     python scripts/detail.py --judge DIR --out DIR
 
-Ruiz et al. 2022, section 4.3 and figure 10: the upscaler as it was, tuned at the noise it was pretrained with, and tuned with
+Ruiz et al. 2022, supplement, figure 21: the upscaler as it was, tuned at the noise it was pretrained with, and tuned with
 less. New scenes of every subject, drawn at 256 pixels, are shrunk to 64 and brought back; over the region of the subject's
 badge and odd part, against what was drawn:
 
     PSNR       in dB (high is good)
     distance   between the judge's features, of unit length at every place, as LPIPS takes them (low is good)
 
-each where the small picture is shown clean and where it is noised by level 20, the model's default. To OUT go table.md and
-detail.png: a row for each subject, columns as the rows of the table, and last the truth.
+each where the small picture is shown with the least noise (level 0) and where it is noised by level 20, the model's default.
+To OUT go table.md and detail.png: a row for each subject, columns as the rows of the table, and last the truth.
 """
 
 import argparse

@@ -5,7 +5,7 @@
 WORK is the folder that pretrain_tiny.py worked in: text encoder, vocabulary and the VAE to begin with are the tiny model's.
 Stages, each kept in DIR: large pictures of random scenes; the VAE's training on crops of them; latents and encoded captions;
 the UNet, by the recipe of LatentUpscaleDiffusion (Stability-AI/stablediffusion): a noise level of 0 to 349 for every sample,
-but for half of them 0: each level has an embedding of its own, and a clean picture is what DreamBooth goes on with.
+but for half of them 0: each level has an embedding of its own, and the least noise is what DreamBooth goes on with.
 
 Shapes: B batch, N scenes, C crop, Z latent channels, h x w latent size.
 """

@@ -68,3 +68,6 @@ def test_memory_is_counted(tmp_path):
     small = sum(sizes) - sum(large)
     assert lean["moments"] * 2**30 == pytest.approx(sum(large) * (2 + 8 / BLOCK) + 8 * small + 4 * len(sizes))
     assert less["weights"] == lean["weights"] and less["besides"] < 0.8 * lean["besides"]
+    usual, lora = held(tmp_path), held(tmp_path, "--rank=2")
+    assert usual["weights"] * 2**30 == 4 * sum(sizes) and usual["besides"] * 2**30 > 4 * sum(sizes)  # gradients among it
+    assert 2 * sum(sizes) < lora["weights"] * 2**30 < 2.5 * sum(sizes) and lora["peak"] < 0.6 * usual["peak"]
