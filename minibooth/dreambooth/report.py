@@ -1,6 +1,7 @@
 """report.html: a whole run on one page that needs no network, no script from elsewhere and no other file.
 
-Made anew from what lies in the output folder (run.json, metrics.jsonl, samples/) and the photographs, where they still are.
+Made anew from what lies in the output folder (run.json, metrics.jsonl, samples/) and the photographs, where they still are, after
+the template report.html beside this file.
 """
 
 import base64
@@ -32,43 +33,7 @@ NOISY = {"loss", *LOSSES}  # a step's loss is mostly that of its timestep, drawn
 FEW = 40  # points that are shown one by one
 GRID, PHOTOGRAPH, MOST = 1600, 480, 24  # longest sides in pixels; the number of photographs
 SHARE = 0.95  # of the rise of a column called similarity; what comes later costs the class more than it is worth
-PAGE = Template(r"""<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width">
-<title>$title</title><style>
-:root { color-scheme: light dark; --ground: #fbfaf7; --ink: #23221f; --quiet: #6b675f;
-  --rule: #e4e0d8; --c0: #b4481e; --c1: #1f6f78 }
-@media (prefers-color-scheme: dark) {
-  :root { --ground: #161614; --ink: #e6e3dc; --quiet: #a09c92; --rule: #32312d; --c0: #f0936a; --c1: #6fc3cb } }
-body { margin: 4rem auto; padding: 0 1.5rem; max-width: 45rem; background: var(--ground); color: var(--ink);
-  font: 1rem/1.6 system-ui, sans-serif; font-variant-numeric: tabular-nums }
-h1, h2 { font: 400 2.2rem/1.2 ui-serif, Georgia, serif; margin: 0 } h2 { font-size: 1.3rem; margin: 3.5rem 0 1rem }
-ul, figcaption, table, summary, p { font-size: .9rem; color: var(--quiet) } ul { list-style: none; padding: 0; margin: .8rem 0 }
-svg { display: block; width: 100%; overflow: visible } path { stroke: var(--rule) } .mark { stroke: var(--ink) }
-text { font-size: 11px; fill: var(--quiet); text-anchor: end } .step { text-anchor: middle } circle { fill: var(--c) }
-polyline { fill: none; stroke: var(--c); stroke-width: 2; stroke-linejoin: round } .faint { stroke-width: 1; opacity: .3 }
-.c0 { --c: var(--c0) } .c1 { --c: var(--c1) } figure { margin: 0 } figcaption span { font-weight: 600; color: var(--c) }
-.others { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1.5rem 1.25rem; margin: 1.5rem 0 }
-img { width: 100%; max-height: 85vh; object-fit: contain; border-radius: 6px } .real img { aspect-ratio: 1; object-fit: cover }
-.real { display: grid; grid-template-columns: repeat(auto-fill, minmax(7.5rem, 1fr)); gap: .6rem }
-.slider { display: flex; gap: 1rem; margin: .5rem 0 } input { flex: 1; accent-color: var(--c0) } output { min-width: 5ch }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; user-select: all; font: .85rem/1.6 ui-monospace, monospace;
-  padding: 1rem; border: 1px solid var(--rule); border-radius: 6px } [hidden] { display: none }
-table { border-collapse: collapse; width: 100%; table-layout: fixed } summary { cursor: pointer; margin: 1rem 0 }
-td { vertical-align: top; padding: .4rem .8rem .4rem 0; overflow-wrap: anywhere;
-  border-bottom: 1px solid var(--rule) } td:first-child { width: 38% } td:not(:last-child) { color: var(--ink) }
-</style><noscript><style>.grids [hidden] { display: block } .slider { display: none }</style></noscript></head><body><main>
-<h1>$title</h1><p>$facts</p>
-<section $no_grids><h2>What it draws, from the same noise each time</h2><div class=grids>$grids</div>
-<div class=slider>Step <output></output>
-<input type=range aria-label="Training step" min=0 max=$last value=$last autocomplete=off></div><ul>$prompts</ul></section>
-<section $no_real><h2>The photographs</h2><div class=real>$real</div></section>
-<section><h2>What it measured</h2>$losses<div class=others>$others</div>$stop</section>
-<section><h2>The run, to repeat it</h2><pre tabindex=0>$command</pre><table>$given</table>
-<details><summary>All other settings, as they are by default</summary><table>$usual</table></details></section></main><script>
-const slider = document.querySelector("input"), step = document.querySelector("output");
-(slider.oninput = () => document.querySelectorAll(".grids img").forEach((grid, i) => {
-  if (!(grid.hidden = i != slider.value)) slider.ariaValueText = step.value = grid.dataset.step }))()
-</script></body></html>
-""")
+PAGE = Template(Path(__file__).with_suffix(".html").read_text("utf-8"))
 
 
 def write(folder: Path) -> None:
