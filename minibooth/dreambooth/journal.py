@@ -29,6 +29,7 @@ from minibooth.dreambooth.settings import Settings
 from minibooth.errors import UserError
 
 RESULTS = ("model_index.json", DIFFUSERS, "{}.safetensors")  # of which a finished run leaves one; {}: the folder's name
+SAME = "rank", "lora_alpha", "lora_targets", "train_text_encoder", "use_8bit_adam", "full_bf16"  # for a checkpoint's tensors
 TAKEN = ("run.json", "metrics.jsonl", "report.html", "checkpoint-*", "unet", *RESULTS)  # what a run would overwrite
 
 
@@ -129,6 +130,21 @@ class Journal:
             if (path / "state.json").is_file():
                 return path
         raise UserError(f"--resume_from_checkpoint {asked}: no such checkpoint in {self.folder}")
+
+    def resume(self) -> tuple[Path | None, dict[str, Any]]:
+        """The checkpoint to go on from, and its state: at least the step. Raises UserError where it does not fit the run."""
+        if not (path := self.to_resume()):
+            return None, {"step": 0}
+        state = files.read_json(path / "state.json")
+        for name in SAME:
+            if (begun := state.get(name, own := getattr(self.settings, name))) != own:
+                there = f"with --{name}" + f" {begun}" * (begun is not True) if begun else f"without --{name}"
+                raise UserError(f"{path} was trained {there}: go on as it began")
+        if type(step := state.get("step")) is not int or step < 0:
+            raise UserError(f"{path}/state.json does not say at which step it was written; go on from another")
+        if later := [other for number, other in self.checkpoints() if number > step]:
+            raise UserError(f"{later[0]} is of later steps than {path}: move it away, or go on from there")
+        return path, state
 
     def prune(self) -> None:
         """Delete the oldest checkpoints beyond --checkpoints_total_limit; to be called once the newest is whole."""

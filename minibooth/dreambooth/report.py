@@ -1,7 +1,7 @@
 """report.html: a whole run on one page that needs no network, no script from elsewhere and no other file.
 
-Made anew from what lies in the output folder (run.json, metrics.jsonl, samples/) and the photographs, where they still are, after
-the template report.html beside this file.
+Made anew from what lies in the output folder (run.json, metrics.jsonl, samples/) and the photographs, where they still are; its
+template is the report.html beside this file.
 """
 
 import base64

@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -33,7 +32,7 @@ from minibooth.diffusion.pipeline import Condition
 from minibooth.dreambooth import report, speed, stages
 from minibooth.dreambooth.data import find_pictures
 from minibooth.dreambooth.identifier import doubts
-from minibooth.dreambooth.journal import Journal
+from minibooth.dreambooth.journal import SAME, Journal
 from minibooth.dreambooth.latents import Latents
 from minibooth.dreambooth.learning_rate import learning_rate
 from minibooth.dreambooth.metrics import Watch
@@ -46,8 +45,6 @@ from minibooth.dreambooth.weights import Learnt, Weights
 from minibooth.errors import UserError
 
 OFFSET_NOISE = 0.1
-# What a checkpoint's tensors depend on.
-SAME = "rank", "lora_alpha", "lora_targets", "train_text_encoder", "use_8bit_adam", "full_bf16"
 
 
 class Trainer:
@@ -65,21 +62,11 @@ class Trainer:
         settings.check()
         self.device, self.dtype, self.ranks = device, dtype, ranks or Ranks(device)
         self.journal = Journal(settings)
-        self.resumed = self.journal.to_resume()
-        self.state: dict[str, Any] = files.read_json(self.resumed / "state.json") if self.resumed else {"step": 0}
-        state = self.state
-        for name in SAME:
-            if (begun := state.get(name, getattr(settings, name))) != getattr(settings, name):
-                there = f"with --{name}" + f" {begun}" * (begun is not True) if begun else f"without --{name}"
-                raise UserError(f"{self.resumed} was trained {there}: go on as it began")
-        self.start: int = state.get("step", -1)
-        if type(self.start) is not int or self.start < 0:
-            raise UserError(f"{self.resumed}/state.json does not say at which step it was written; go on from another")
-        if later := [path for number, path in self.journal.checkpoints() if self.resumed and number > self.start]:
-            raise UserError(f"{later[0]} is of later steps than {self.resumed}: move it away, or go on from there")
+        self.resumed, self.state = self.journal.resume()
+        self.start: int = self.state["step"]
         if self.ranks.same(self.start) != self.start:
             raise UserError(f"--output_dir {settings.output_dir} is not the same folder for all processes: take a shared one")
-        self.seed = self.ranks.same(state.get("seed", secrets.randbits(31)) if settings.seed is None else settings.seed)
+        self.seed = self.ranks.same(self.state.get("seed", secrets.randbits(31)) if settings.seed is None else settings.seed)
         self.settings = s = self.journal.settings = dataclasses.replace(settings, seed=self.seed)
 
         pictures, self.skipped = find_pictures(Path(s.instance_data_dir))
