@@ -90,10 +90,10 @@ def complete(flags: argparse.Namespace) -> None:
     said = {k: told[k] for k, x in EMBEDDED.items() if isinstance(told.get(k), type(x))} if isinstance(told, dict) else {}
     embedded = Path(said.get("pretrained_model_name_or_path") or flags.model).resolve().parent == drawing.WEIGHTS
     said = said or (EMBEDDED if embedded else {})
-    prompt, kind = said.get("instance_prompt", ""), flags.class_noun or said.get("class_prompt", "")
-    identifier, noun = named(prompt, kind)
+    prompt, kinds = said.get("instance_prompt", ""), [*filter(None, (flags.class_noun, said.get("class_prompt")))]
+    identifier, noun = next((found for kind in kinds if any(found := named(prompt, kind))), ("", ""))
     if flags.identifier is None:
-        flags.identifier = identifier or ("" if prompt and kind else "sks")
+        flags.identifier = identifier or ("" if prompt and kinds else "sks")
         if not flags.identifier:
             raise UserError(f"--identifier is missing: the word for the subject in {prompt!r} (see --class_noun too)")
     flags.class_noun = flags.class_noun or noun or prompt.partition(f"{flags.identifier} ")[2]

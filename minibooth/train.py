@@ -72,12 +72,13 @@ def second_step(settings: Settings, given: Collection[str] = ()) -> Settings:
     given: the flags that the command line has.
     """
     usual = SECOND | (LORA if settings.rank else {})
-    own = {name: value for name, value in usual.items() if name not in given}
+    own = {name: value for name, value in usual.items() if name not in given and settings.upscaler == EMBEDDED["upscaler"]}
+    off = "with_prior_preservation", "train_text_encoder"
+    own |= {f.name: f.default for f in dataclasses.fields(Settings) if f.name in off or f.metadata.get("needs") in off}
     return dataclasses.replace(
-        settings,
-        **(own if settings.upscaler == EMBEDDED["upscaler"] else {}),
+        settings, **own,
         pretrained_model_name_or_path=settings.upscaler, upscaler="", stage="super_resolution",
-        variant=None, revision=None, prediction_type=None, train_text_encoder=False, with_prior_preservation=False,
+        variant=None, revision=None, prediction_type=None,
         validation_prompt=settings.validation_prompt and settings.instance_prompt, metrics_model=None,
         output_dir=str(Path(settings.output_dir) / "upscaler"), push_to_hub=False,
         resume_from_checkpoint=settings.resume_from_checkpoint and "latest",

@@ -27,10 +27,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from minibooth import command, train
-from minibooth.checkpoint.source import COMPONENTS, KINDS, Source, find
+from minibooth.checkpoint.source import COMPONENTS, KINDS, Source
 from minibooth.dreambooth.optimizer import AdamW
 from minibooth.dreambooth.settings import Settings
 from minibooth.dreambooth.weights import recompute_activations
+from minibooth.errors import UserError
 from minibooth.models import lora
 
 IN_BF16 = "conv2d", "linear", "scaled_dot_product_attention", "group_norm", "layer_norm"
@@ -55,7 +56,12 @@ def filled(model: Path, folder: Path) -> Path:
 
 def networks(s: Settings) -> dict[str, Any]:
     """The UNet, and the text encoder where it trains, on meta, as the trainer prepares them."""
-    source = described(find(s.pretrained_model_name_or_path))
+    folder = Path(s.pretrained_model_name_or_path)
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"{folder} is no folder in the diffusers layout here: nothing else is counted")
+    source = described(folder)
+    if source.kind == "StableDiffusionUpscalePipeline" or ("XL" in source.kind and s.train_text_encoder):
+        raise UserError(f"{folder}: neither an upscaler nor XL's text encoders are counted")
     texts = [name for name in KINDS[source.kind] if name.startswith("text_encoder")] * s.train_text_encoder
     found = {name: source.skeleton(name).train().requires_grad_(not s.rank) for name in ("unet", *texts)}
     for network in found.values():

@@ -315,6 +315,9 @@ def test_models_of_other_programs(kit, tmp_path):
         ("A photo of the sks dog.", "a photo of a dog", ("sks", "dog")),
         ("a photo of sks dog by the sea", "a photo of dog", ("sks", "dog")),
         ("sks dog in a park", "a dog in a park", ("sks", "dog")),
+        ("a photo of sks dog", "a photo of a dog in the park", ("sks", "dog")),
+        ("a photo of sks dog, highly detailed", "a photo of a dog, highly detailed", ("sks", "dog")),
+        ("a man with sks backpack", "a backpack", ("sks", "backpack")),
         ("a fluffy <sks> dog, watercolor", "a dog", ("fluffy <sks>", "dog")),
         ("ohwx dog", None, None),
         ("a photo of sks", "", None),
@@ -334,6 +337,10 @@ def test_the_words_are_those_of_the_instance_prompt(tmp_path, instance, of_class
         flags = evaluate.parser().parse_args(["--model", str(place), "--identifier", "a", "--class_noun", "b", "--images", "c"])
         evaluate.complete(flags)
         assert (flags.identifier, flags.class_noun, flags.images) == ("a", "b", Path("c"))
+        if of_class:  # which shows the identifier, whatever the noun is to be
+            flags = evaluate.parser().parse_args(["--model", str(place), "--class_noun", "poodle"])
+            evaluate.complete(flags)
+            assert (flags.identifier, flags.class_noun) == (words[0], "poodle")
 
 
 @pytest.mark.parametrize("settings", [None, [], {"instance_prompt": 5, "class_prompt": ["a"], "resolution": "64"}])

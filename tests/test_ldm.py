@@ -163,6 +163,7 @@ DRAWN = {  # what no tensor tells of how a model draws: of which kind, in which 
     "turbo": ("sd2", "scheduler/scheduler_config.json", {"timestep_spacing": "trailing"}),
     "alpha": ("sd1", "scheduler/scheduler_config.json", {"set_alpha_to_one": True}),
     "clipped": ("x4", "scheduler/scheduler_config.json", {"clip_sample": True}),
+    "variance": ("sd1", "scheduler/scheduler_config.json", {"variance_type": "fixed_large"}),
     "offset": ("x4", "scheduler/scheduler_config.json", {"steps_offset": 0}),
     "xl turbo": ("sdxl", "scheduler/scheduler_config.json", {"timestep_spacing": "trailing"}),
     "no zeros": ("sdxl", "model_index.json", {"force_zeros_for_empty_prompt": False}),
@@ -181,8 +182,8 @@ def test_how_a_model_draws_comes_back_from_a_file(kind, path, says, copy_of, tmp
     assert np.array_equal(draw(again, kind), draw(pipe, kind))
 
 
-def test_an_xls_file_draws_in_every_sampler_as_its_folder(tmp_path):
-    """Latents are never clipped, though diffusers' DDIM would where a folder does not say so."""
+def test_an_xls_file_has_the_published_schedule():
+    """So that latents are not clipped, as diffusers' DDIM does where a folder does not say so."""
     pipe = minibooth.load(file("sdxl"), tokenizer=folder("sdxl"))
     said = json.loads(pipe.source.small[SCHEDULE])
     assert (said["clip_sample"], said["set_alpha_to_one"], said["skip_prk_steps"]) == (False, False, True)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from minibooth.diffusion.noise import gaussian, generator
+from minibooth.diffusion.samplers import sample
 from minibooth.diffusion.scheduler import BETAS, CLASSES, DEFAULTS, SPACINGS, DDPMScheduler
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -131,7 +132,8 @@ def test_published_files_are_read_and_kept(text, diffusers):
 def test_a_default_dtype_changes_neither_schedule_nor_noise(dtype):
     def both():
         schedules = [DDPMScheduler({"beta_schedule": name, "rescale_betas_zero_snr": True}).alphas_cumprod for name in BETAS]
-        return *schedules, gaussian((2, 3), generator(0)), gaussian((2, 3), [generator(0), generator(1)])
+        noise = gaussian((2, 3), generator(0)), gaussian((2, 3), [generator(0), generator(1)])
+        return *schedules, *noise, sample(lambda x, t: x * t[:, None] / 999, noise[0], DDPMScheduler(SD), 3, "euler")
 
     expected = both()
     torch.set_default_dtype(dtype)

@@ -99,7 +99,7 @@ def test_a_resumed_run_ends_in_the_bits_of_one_never_stopped(name, tmp_path):
 
 def test_a_checkpoint_can_be_named(tmp_path):
     whole = train(small(tmp_path, checkpointing_steps=1))
-    for i, asked in enumerate(("checkpoint-3", str(whole / "checkpoint-3"))):
+    for i, asked in enumerate(("checkpoint-3", str(tmp_path / "stopped-1" / "checkpoint-3"))):
         stopped = stopped_after(whole, step=3, name=f"stopped-{i}")
         settings = small(tmp_path, output_dir=str(stopped), resume_from_checkpoint=asked)
         assert trainer(settings).start == 3
@@ -146,10 +146,13 @@ def test_a_finished_run_that_goes_on_for_longer_is_not_finished(tmp_path, monkey
 
 def test_a_checkpoint_from_elsewhere_replaces_no_result(tmp_path):
     other = train(small(tmp_path, max_train_steps=2, checkpointing_steps=1, output_dir=str(tmp_path / "other")))
-    output = train(small(tmp_path, max_train_steps=1, checkpointing_steps=1))
-    for place in (output, tmp_path / "new"):
+    output = train(small(tmp_path, max_train_steps=2, checkpointing_steps=1, seed=8))
+    (interrupted := tmp_path / "interrupted").mkdir()
+    for name in ("run.json", "checkpoint-1"):
+        shutil.copytree(output / name, interrupted / name) if name != "run.json" else shutil.copy(output / name, interrupted)
+    for place in (output, interrupted, tmp_path / "new"):
         settings = small(tmp_path, max_train_steps=2, output_dir=str(place), resume_from_checkpoint=str(other / "checkpoint-2"))
-        if place == output:
+        if place.exists():
             with pytest.raises(UserError, match="already holds run.json: choose another --output_dir"):
                 train(settings)
         else:
@@ -306,6 +309,14 @@ def test_what_a_killed_run_left_half_written_is_cleared_away(name, tmp_path):
     (half / "optimizer.safetensors").write_bytes(b"half")
     output = train(small(tmp_path, max_train_steps=1, resume_from_checkpoint="latest"))
     assert not [*output.glob(".*")]
+
+
+def test_what_was_measured_before_the_first_checkpoint_is_measured_anew(tmp_path):
+    journal = trainer(small(tmp_path, resume_from_checkpoint="latest")).journal
+    journal.folder.mkdir()
+    journal.log(step=0, subject_similarity=0.5)
+    journal.open(0)
+    assert metrics(journal.folder) == []
 
 
 def test_a_crash_while_a_checkpoint_is_written_leaves_the_earlier_one(tmp_path, monkeypatch):

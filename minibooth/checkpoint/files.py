@@ -145,7 +145,7 @@ def weights_of(folder: Path, stem: str, variant: str | None = None) -> Tensors:
 
 def variants(names: Iterable[str], stem: str) -> set[str]:
     """The variants of a component's weights among its folder's names of files; the usual one's is empty."""
-    found = (re.fullmatch(rf"{stem}\.?(\w*?)(?:-\d+-of-\d+)?\.safetensors", name) for name in names)
+    found = (re.fullmatch(rf"{stem}\.?([\w-]*?)(?:-\d+-of-\d+)?\.safetensors", name) for name in names)
     return {match[1] for match in found if match}
 
 

@@ -73,7 +73,9 @@ SUPPORTED = "single files of Stable Diffusion 1, 2, XL (base) and x4"
 OTHERS = {9: "an inpainting model", 8: "an InstructPix2Pix model"}  # by the UNet's input channels
 EDM = {"edm_mean": "Playground v2.5", "edm_vpred.sigma_max": "CosXL"}  # by a key: XL's networks, on other noise
 LORA = re.compile(r"^lora_(unet|te\d?)_|\.lora_?([AB]|down|up)\b|\.lora\.(down|up)\.")
+LINEAR = ".model.text_projection.weight"  # as diffusers' script for XL writes it, like a linear layer's
 SD2_LAYERS = 23  # of its text encoder's 24 that anything is made of, and that the published folders hold
+END = 49407  # CLIP's end token; behind it are tokens that were added
 HEAD = 64  # width of an attention head, where the number of heads is not 8
 
 
@@ -235,13 +237,13 @@ def open_file(path: Path, ema: bool = False) -> tuple[files.View, dict[str, str]
         if missing := [name for name in averages.values() if name not in tensors]:
             raise UserError(f"{path} has no EMA weights ({missing[0]} and {len(missing) - 1} more are missing); omit --ema")
         names = {name: averages.get(name, own) for name, own in names.items() if not name.startswith("model_ema.")}
-    recipes: dict[str, files.Recipe] = {name: operator.itemgetter(there) for name, there in names.items()}
-    for name in [
-        name for name in names if name.endswith(".model.text_projection.weight")
-    ]:  # diffusers' script: a linear layer's
-        get = recipes.pop(name)
-        recipes[name.removesuffix(".weight")] = lambda tensors, get=get: TRANSPOSED.read(get(tensors))  # type: ignore[misc]
-    return files.View(tensors, recipes), tensors.metadata
+
+    def recipe(name: str, there: str) -> tuple[str, files.Recipe]:
+        if name.endswith(LINEAR):
+            return name.removesuffix(".weight"), lambda tensors: TRANSPOSED.read(tensors[there])
+        return name, operator.itemgetter(there)
+
+    return files.View(tensors, dict(itertools.starmap(recipe, names.items()))), tensors.metadata
 
 
 def recognise(path: Path, file: Mapping[str, Tensor]) -> str:
@@ -337,6 +339,7 @@ def describe(path: Path, file: Mapping[str, Tensor], prediction_type: str, own: 
         index[tokenizer] = ["transformers", "CLIPTokenizer"]
     written |= {name: files.parse_json(text.encode(), f"{path}/{name}") for name, text in own.items() if name in written}
     written[SCHEDULE] = {**written[SCHEDULE], "prediction_type": prediction_type}
+    written["model_index.json"] = {**written["model_index.json"], "_class_name": pipeline}
     return {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in written.items()}
 
 
@@ -394,6 +397,7 @@ def text_config(shapes: Shapes, pipeline: str) -> dict[str, Any]:
         architectures=["CLIPTextModelWithProjection" if projects else "CLIPTextModel"], model_type="clip_text_model",
         vocab_size=vocabulary, hidden_size=width, intermediate_size=shape("encoder.layers.0.mlp.fc1")[0], hidden_act=act,
         num_hidden_layers=kept, num_attention_heads=max(width // HEAD, 1), layer_norm_eps=1e-5, pad_token_id=1,
-        max_position_embeddings=shape("embeddings.position_embedding")[0], bos_token_id=0, eos_token_id=2,
+        max_position_embeddings=shape("embeddings.position_embedding")[0], bos_token_id=0,
         projection_dim=shapes["model.text_projection"][1] if projects else width,
+        eos_token_id=END if vocabulary > END else 2,
     )  # fmt: skip

@@ -54,7 +54,7 @@ SMALL_FILES = (INDEX, "*/*.json", "tokenizer*/*.txt")  # read into memory, writt
 VOCABULARY = ("vocab.json", "merges.txt", "tokenizer.json", "added_tokens.json")
 CLIP = "openai/clip-vit-large-patch14"  # has the vocabulary of all these models
 OF_NOISE = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
-OF_STEPS = ("timestep_spacing", "steps_offset", "clip_sample", "set_alpha_to_one")
+OF_STEPS = ("timestep_spacing", "steps_offset", "clip_sample", "set_alpha_to_one", "variance_type")
 OF_PIPELINE = {"force_zeros_for_empty_prompt": True, "max_noise_level": 350}
 
 # Names as files have them -> names as published today: a missing prefix, a buffer that became a constant, old attention.
@@ -119,6 +119,7 @@ class Source:
         if self.kind not in KINDS:
             raise UserError(f"{source} is a {self.kind}; supported: {', '.join(KINDS)}")
         parts = {part for part, kinds in self.json(INDEX).items() if isinstance(kinds, list)}  # not a run's checkpoints
+        parts |= {*KINDS[self.kind], "scheduler", "low_res_scheduler", "tokenizer", "tokenizer_2"}
         self.small = {name: data for name, data in small.items() if name == INDEX or name.split("/")[0] in parts}
         if tokenizer:
             self._take(vocabulary(path, tokenizer))
@@ -329,10 +330,11 @@ def download(repository: str, variant: str | None, revision: str | None) -> Path
 
     infix = f".{variant}" if variant else ""
     folder = fetch(COMPONENTS, infix)
-    parts = [part for part in COMPONENTS if (folder / part / "config.json").is_file()]
+    parts = KINDS.get(files.read_json(folder / INDEX).get("_class_name", ""), []) if (folder / INDEX).is_file() else []
     lacking = [part for part in parts if (variant or "") not in variants(folder, part)]
     if variant and 0 < len(lacking) < len(parts):
-        return fetch(lacking, "")
+        folder, infix = fetch(lacking, ""), ""
+        lacking = [part for part in lacking if "" not in variants(folder, part)]
     if lacking and (names := listed(repository, lacking[0], revision)):
         raise files.absent(Path(repository, lacking[0], f"{COMPONENTS[lacking[0]].stem}{infix}.safetensors"), names)
     return folder

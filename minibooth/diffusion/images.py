@@ -17,11 +17,11 @@ GAP = 4  # pixels between the pictures of a grid
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode as 8-bit RGB, over white. Raises ValueError for grey levels of unknown range."""
+    """A picture of any mode as 8-bit RGB, over white. Raises UserError for grey levels of unknown range."""
     if image.mode == "F" or image.mode.startswith("I"):  # Pillow would clip these to 8 bits
         levels = np.asarray(image)
         if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
-            raise ValueError("grey levels of unknown range")
+            raise UserError("a picture has grey levels of unknown range: convert it to 8 or 16 bits")
         image = Image.fromarray((levels / 257).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -41,7 +41,7 @@ def to_image(pixels: Tensor) -> Image.Image:
     """
     if not pixels.isfinite().all():
         raise UserError(
-            f"a picture of {pixels.dtype} is not finite: compute in fp32 or bf16 (--dtype, in training --mixed_precision)"
+            "a picture is not finite: compute in fp32 or bf16 (--dtype, in training --mixed_precision), or take other weights"
         )
     levels = (pixels.detach().float() + 1).mul_(127.5).round_().clamp_(0, 255)
     return Image.fromarray(levels.byte().permute(1, 2, 0).cpu().numpy())

@@ -38,7 +38,8 @@ MULTISTEP = {2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -5
 
 def _ask(predict: Predict, x: Tensor, t: float) -> Tensor:
     """The network's word on x at t, an int or a float that all of the batch shares, in x's dtype."""
-    return predict(x, torch.full((len(x),), t, device=x.device)).to(x.dtype)
+    kind = torch.float32 if isinstance(t, float) else torch.int64
+    return predict(x, torch.full((len(x),), t, device=x.device, dtype=kind)).to(x.dtype)
 
 
 def _split(x: Tensor, output: Tensor, a: float, scheduler: DDPMScheduler) -> tuple[Tensor, Tensor]:

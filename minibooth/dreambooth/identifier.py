@@ -16,8 +16,8 @@ from minibooth.models.tokenizer import Tokenizer
 RARE = 0.75  # where in the vocabulary, in order of merging, words begin to be rare
 LETTERS = re.compile(r"[a-z]{3,4}</w>")
 MEANINGS = {"sks": "a rifle, to the published models"}
-BEFORE = {"a", "an", "the", "of", "my", "this"}  # words before an identifier that are none of it
-BEHIND = {"in", "on", "at", "by", "with", "wearing", "near", "under"}  # words that end a class noun
+BEFORE = {"a", "an", "the", "of", "my", "this"}  # words of no identifier, nor first of a noun
+BEHIND = {"in", "on", "at", "by", "with", "wearing", "near", "under"}  # of neither
 
 
 class Identifier(NamedTuple):
@@ -41,17 +41,16 @@ def rare_words(tokenizer: Tokenizer, embeddings: Tensor) -> list[Identifier]:
 def named(instance_prompt: str, class_prompt: str) -> tuple[str, str]:
     """The identifier and the class noun, each of one word or more; both empty where the prompts do not show them.
 
-    The noun is the end of the class prompt that the instance prompt has, too; the identifier is what only that has before it.
+    The identifier is what only the instance prompt has; the words behind it that the class prompt has, too, are the noun.
     """
-    words, of_class = ([word.strip(".,;:!?") for word in prompt.split()] for prompt in (instance_prompt, class_prompt))
+    words, of_class = (re.split(r"[,.;:!?]", prompt)[0].split() for prompt in (instance_prompt, class_prompt))
     low, low_class = ([word.lower() for word in each] for each in (words, of_class))
-    for start in (start for start, word in enumerate(low_class) if word not in BEFORE):
-        noun = low_class[start:]
-        for place in range(1, len(low) - len(noun) + 1):
-            own = list(itertools.takewhile(lambda n: low[n] not in {*low_class, *BEFORE}, range(place - 1, -1, -1)))
-            if own and low[place : place + len(noun)] == noun:
-                noun = [*itertools.takewhile(lambda word: word.lower() not in BEHIND, of_class[start:])]
-                return " ".join(words[own[-1] : place]), " ".join(noun)
+    for place in range(1, len(low)):
+        own = [*itertools.takewhile(lambda n: low[n] not in {*low_class, *BEFORE, *BEHIND}, range(place - 1, -1, -1))]
+        for start in [n for n, word in enumerate(low_class) if own and word not in BEFORE]:
+            pairs = zip(low[place:], low_class[start:], strict=False)
+            if common := len([*itertools.takewhile(lambda pair: pair[0] == pair[1] not in BEHIND, pairs)]):
+                return " ".join(words[own[-1] : place]), " ".join(of_class[start : start + common])
     return "", ""
 
 

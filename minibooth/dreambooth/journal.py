@@ -45,8 +45,9 @@ class Journal:
             raise UserError(f"--output_dir {self.folder} is a file")
         asked, begun, done = settings.resume_from_checkpoint, self.has("run.json"), self.has(*RESULTS)
         self.finished = asked == "latest" and bool(begun and done) and self.repeats(files.read_json(begun[0]))
-        # in a run's own folder: it is finished, or left nothing yet but run.json, or goes on from one of its checkpoints
-        goes_on = self.finished or (begun and not done) or self.to_resume() in dict(self.checkpoints()).values()
+        resumed, own = self.to_resume(), {path.resolve() for _, path in self.checkpoints()}
+        # it is just this run, finished; or goes on from a checkpoint of its own; or had none yet, and left no result
+        goes_on = self.finished or (resumed.resolve() in own if resumed else begun and not done)
         if (taken := self.has(*TAKEN)) and not (asked and goes_on):
             remedy = ", or go on with --resume_from_checkpoint latest" * bool(begun and not asked)
             raise UserError(f"{self.folder} already holds {taken[0].name}: choose another --output_dir{remedy}")
@@ -98,7 +99,7 @@ class Journal:
         }
         self.note(finished=False)
         for unfinished in self.has(*(f".{name}.????????" for name in (*TAKEN, "{}"))):  # what a killed run was writing
-            shutil.rmtree(unfinished)
+            shutil.rmtree(unfinished, ignore_errors=True)
         metrics = self.folder / "metrics.jsonl"
         lines = metrics.read_text("utf-8", "replace").splitlines() if metrics.exists() else []
         kept = [line for line in lines if step and _step_of(line) <= step]
@@ -126,7 +127,7 @@ class Journal:
         if asked == "latest":
             found = self.checkpoints()
             return found[-1][1] if found else None
-        for path in (self.folder / Path(asked).name, Path(asked)):
+        for path in (self.folder / asked, Path(asked), self.folder / Path(asked).name):
             if (path / "state.json").is_file():
                 return path
         raise UserError(f"--resume_from_checkpoint {asked}: no such checkpoint in {self.folder}")

@@ -51,7 +51,7 @@ class Settings:
     resolution: int = flag(512, "side of the training crops in pixels; an upscaler's are cut at the pictures' full detail")
     center_crop: bool = flag(False, "cut at the centre instead of anywhere")
     random_flip: bool = flag(False, "mirror half of the crops, at random")
-    image_interpolation_mode: str = flag("lanczos", "filter that resizes photographs", choices=tuple(INTERPOLATION), lora=True)
+    image_interpolation_mode: str = flag("lanczos", "filter that resizes photographs", choices=tuple(INTERPOLATION))
     crops_per_image: int = flag(8, "different crops encoded per picture; 0 cuts and encodes anew at every step", least=0)
     output_dir: str = flag("dreambooth-model", "where everything goes")
     output_format: str = flag("folder", "or a single file NAME/NAME.safetensors for A1111 and ComfyUI", choices=FORMATS)
@@ -110,7 +110,7 @@ class Settings:
     local_rank: int = flag(-1, "without effect")
     report_to: str = flag("none", "without effect: metrics go to OUTPUT_DIR/metrics.jsonl")
     logging_dir: str = flag("logs", "without effect: metrics go to OUTPUT_DIR/metrics.jsonl")
-    repeats: int = flag(1, "without effect: a run takes as many steps as --max_train_steps says", lora=True)
+    repeats: int = flag(1, "without effect: --max_train_steps or --num_train_epochs say how long a run is", lora=True)
     optimizer: str = flag("AdamW", "without effect: the only one", choices=("AdamW", "adamw"))
     output_kohya_format: bool = flag(False, "without effect: a LoRA comes as diffusers' file and as kohya's", lora=True)
     pretrained_vae_model_name_or_path: str | None = flag(None, "without effect: the model's own, in fp32 where fp16 overflows")
@@ -165,9 +165,8 @@ class Settings:
         given = self.given()
         known = {f.name: f.metadata for f in dataclasses.fields(self) if f.name in given}
         said = {name: own["help"] for name, own in known.items() if own["help"].startswith("without effect")}
-        if self.stage != "super_resolution":  # a second step has the first one's flags
-            lacking = {name: own["needs"] for name, own in known.items() if own.get("needs", name) not in given}
-            said |= {name: f"without effect: add --{other}" for name, other in lacking.items()}
+        lacking = {name: own["needs"] for name, own in known.items() if own.get("needs", name) not in given}
+        said |= {name: f"without effect: add --{other}" for name, other in lacking.items()}
         copied = not self.rank and any("lora" in own for own in known.values())
         notes = [f"--{name}: {help}" for name, help in said.items()]
         return notes + ["all weights train; for a LoRA, as by train_dreambooth_lora.py, add --rank 4"] * copied

@@ -62,8 +62,7 @@ class Weights:
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         """Bring every network to the device. One that trains has its weights in fp32 (with --full_bf16 in bf16), from the
-        checkpoint, if there is one; all others are in `dtype` or the
-        pipeline's `precision`. With a LoRA that alone trains.
+        checkpoint, if there is one; all others are in what `precision` makes of `dtype`. With a LoRA that alone trains.
         """
         kept = torch.bfloat16 if self.settings.full_bf16 else torch.float32
         for name, network in self.pipe.networks.items():

@@ -100,10 +100,10 @@ class TextModel(nn.Module):
     def pooled(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """The state before the last layer [B, N, D], not normalised, and the last one at the end token [B, D].
 
-        The end token is the first eos_token_id; where that is 2, as in published files, the largest, as transformers has it.
+        The end token is the first eos_token_id; where that is 2, as in published files, or no number, the largest.
         """
         penultimate, last = self(ids)
-        places = (ids if self.end == 2 else (ids == self.end).int()).argmax(dim=1)
+        places = ((ids == self.end).int() if type(self.end) is int and self.end != 2 else ids).argmax(dim=1)
         return penultimate, last[torch.arange(len(ids), device=ids.device), places]
 
 

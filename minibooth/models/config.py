@@ -155,7 +155,9 @@ class CLIPTextConfig(TransformerConfig):
     intermediate_size: int = 2048
     num_attention_heads: int = 8
     max_position_embeddings: int = 77
-    eos_token_id: int = dataclasses.field(default=49407, compare=False)  # 2, in published files: the largest there is
+    eos_token_id: int | tuple | None = dataclasses.field(
+        default=49407, compare=False
+    )  # 2, in published files: the largest there is
     projection_dim: int = dataclasses.field(default=512, compare=False)  # which the weights' shapes tell
     architectures: tuple[str, ...] = ()
 
