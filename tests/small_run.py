@@ -78,7 +78,13 @@ def flags(settings: Settings) -> list[str]:
     """The command line that says the same."""
     usual = vars(Settings())
     given = {name: value for name, value in vars(settings).items() if value != usual[name]}
-    return ["--device=cpu", *(f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items())]
+    words = ["--device=cpu"]
+    for name, value in given.items():
+        if isinstance(value, tuple):
+            words += [f"--{name}", *map(str, value)]
+        else:
+            words.append(f"--{name}" if value is True else f"--{name}={value}")
+    return words
 
 
 def run(words: list[str]) -> int:

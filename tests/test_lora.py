@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_run import flags, metrics, run, same_bits, small, tiny, train, trainer, with_class
 
@@ -421,6 +422,11 @@ def lora_files(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{path.name}/{key}": x for path in folder.glob("*.safetensors") for key, x in load_file(path).items()}
 
 
+def metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
 RUNS = {
     "attention": {},
     "all": {"lora_targets": "all", "lora_alpha": 1.7, "train_text_encoder": True},
@@ -476,8 +482,9 @@ def test_the_base_stays_frozen_in_the_working_precision(dtype, tmp_path):
     }
 
 
-def test_what_training_leaves(tmp_path, capsys):
-    settings = small(tmp_path, rank=4, lora_alpha=2.0, checkpointing_steps=5, **with_class(tmp_path))
+@pytest.mark.parametrize("alpha, shown", [(2.0, "2.0"), (None, "4")])
+def test_what_training_leaves(alpha, shown, tmp_path, capsys):
+    settings = small(tmp_path, rank=4, lora_alpha=alpha, checkpointing_steps=5, **with_class(tmp_path))
     assert run(flags(settings)) == 0
     output = Path(settings.output_dir)
     assert {path.name for path in output.iterdir()} == {
@@ -487,12 +494,10 @@ def test_what_training_leaves(tmp_path, capsys):
     assert {path.name for path in (output / "checkpoint-5").iterdir()} == kept
     moments = load_file(output / "checkpoint-5" / "optimizer.safetensors")
     assert moments and all(".adapters.0." in key for key in moments)
-    from safetensors import safe_open
-
-    with safe_open(output / "output.safetensors", "pt") as file:
-        said = file.metadata()
-    assert {x.item() for key, x in load_file(output / "output.safetensors").items() if key.endswith(".alpha")} == {2.0}
-    expected = dict(ss_network_dim="4", ss_network_alpha="2.0", ss_base_model_version="sd_v1", ss_v2="False")
+    said = metadata(output / "output.safetensors")
+    alphas = {x.item() for key, x in load_file(output / "output.safetensors").items() if key.endswith(".alpha")}
+    assert alphas == {alpha or 4.0}
+    expected = dict(ss_network_dim="4", ss_network_alpha=shown, ss_base_model_version="sd_v1", ss_v2="False")
     assert {key: said[key] for key in expected} == expected
     assert json.loads(said["ss_tag_frequency"]) == {"subject": {PROMPT: 1}, "class": {"a photo of dog": 1}}
     told = capsys.readouterr().out
@@ -504,8 +509,11 @@ def test_what_training_leaves(tmp_path, capsys):
     assert not np.array_equal(pixels(pipe), plain)
 
 
-@pytest.mark.parametrize("name", ["sd2", "sdxl"])
-def test_other_models_train_too(name, request, tmp_path):
+@pytest.mark.parametrize(
+    "name, version, v2, texts",
+    [("sd2", "sd_v2", "True", {"lora_te"}), ("sdxl", "sdxl_base_v1-0", "False", {"lora_te1", "lora_te2"})],
+)
+def test_other_models_train_too(name, version, v2, texts, request, tmp_path):
     model = request.getfixturevalue(name)
     output = train(small(tmp_path, model, rank=2, train_text_encoder=True, max_train_steps=2))
     found = files.read(output, Source.open(model))
@@ -513,6 +521,10 @@ def test_other_models_train_too(name, request, tmp_path):
     moved = {layer for layer, x in found["unet"].items() if x.up.abs().max() > 0}
     still = {"to_q", "to_k"}  # a softmax over the one place of the lowest level does not feel them
     assert all(layer.split(".")[-1] in still for layer in found["unet"].keys() - moved) and len(moved) > len(found["unet"]) / 2
+    kohya = output / "output.safetensors"
+    assert {"_".join(key.split("_")[:2]) for key in load_file(kohya)} == {"lora_unet"} | texts
+    said = metadata(kohya)
+    assert (said["ss_base_model_version"], said["ss_v2"]) == (version, v2)
 
 
 def test_the_loss_goes_down(tmp_path):
@@ -521,7 +533,9 @@ def test_the_loss_goes_down(tmp_path):
     assert sum(line["loss"] for line in lines[-20:]) < 0.8 * sum(line["loss"] for line in lines[:20])
 
 
-@pytest.mark.parametrize("change", [{"rank": 3}, {"lora_targets": "all"}, {"rank": 0}, {"train_text_encoder": True}])
+@pytest.mark.parametrize(
+    "change", [{"rank": 3}, {"lora_targets": "all"}, {"rank": 0}, {"train_text_encoder": True}, {"lora_alpha": 1.0}]
+)
 def test_a_checkpoint_goes_on_only_as_what_it_is(change, tmp_path):
     settings = small(tmp_path, rank=2, checkpointing_steps=2, max_train_steps=2)
     train(settings)

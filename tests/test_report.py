@@ -280,10 +280,11 @@ def test_a_metrics_model_that_is_not_there_or_has_nothing_to_see_is_refused(x4, 
             trainer(small(tmp_path, model, resolution=32, validation_prompt="a dog", metrics_model="/nowhere"))
 
 
-def test_a_run_does_not_end_for_want_of_its_page(tmp_path, monkeypatch, capsys):
-    def full(folder):
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), UserError("metrics.jsonl holds something else")])
+def test_a_run_does_not_end_for_want_of_its_page(error, tmp_path, monkeypatch, capsys):
+    def fail(folder):
+        raise error
 
-    monkeypatch.setattr(report, "write", full)
+    monkeypatch.setattr(report, "write", fail)
     assert (train(small(tmp_path, max_train_steps=1)) / "model_index.json").exists()
-    assert "report.html was not written" in capsys.readouterr().err
+    assert f"report.html was not written: {error}" in capsys.readouterr().err

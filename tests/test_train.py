@@ -7,6 +7,8 @@ import re
 import shlex
 import subprocess
 import sys
+import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from minibooth.dreambooth import prior, stages
 from minibooth.dreambooth import trainer as trainer_module
 from minibooth.dreambooth.parallel import Ranks
 from minibooth.dreambooth.settings import Settings
+from minibooth.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -144,6 +147,19 @@ def test_a_command_for_the_script_that_trains_loras_is_told_what_makes_one(name)
 def test_two_flags_of_another_spelling_or_number_are_read():
     settings = train.parse(["--tokenizer-name", "clip", "--validation_images", "a.png", "b.png"])
     assert (settings.tokenizer, settings.validation_images) == ("clip", ("a.png", "b.png"))
+
+
+def test_what_is_said_of_the_first_model_and_its_result_is_not_said_of_the_second():
+    first = Settings(
+        pretrained_model_name_or_path="sd", upscaler="x4", variant="fp16", revision="r", prediction_type="epsilon",
+        instance_prompt="a dog", validation_prompt="a dog | a wet dog", train_text_encoder=True, with_prior_preservation=True,
+        metrics_model="clip", output_dir="out", push_to_hub=True, resume_from_checkpoint="checkpoint-5",
+    )  # fmt: skip
+    second = Settings(
+        pretrained_model_name_or_path="x4", stage="super_resolution", instance_prompt="a dog", validation_prompt="a dog",
+        output_dir=str(Path("out") / "upscaler"), resume_from_checkpoint="latest",
+    )  # fmt: skip
+    assert train.second_step(first) == second
 
 
 def test_help_explains_every_flag(capsys):
@@ -280,7 +296,8 @@ def test_diffusers_opens_the_result_and_draws(train_text_encoder, tmp_path, chec
 
 def test_run_json_repeats_the_run(tmp_path, capsys):
     """Also where the seed was drawn by lot."""
-    settings = small(tmp_path, seed=None, instance_prompt='sks\'s "dog"', random_flip=True, snr_gamma=5.0, max_train_steps=3)
+    changes = {"random_flip": True, "snr_gamma": 5.0, "noise_levels": (0, 349), "max_train_steps": 3}
+    settings = small(tmp_path, seed=None, instance_prompt='sks\'s "dog"', **changes)
     assert run(flags(settings)) == 0
     told = json.loads((tmp_path / "output" / "run.json").read_text())
     words = shlex.split(told["command"])
@@ -289,6 +306,13 @@ def test_run_json_repeats_the_run(tmp_path, capsys):
     assert told["versions"]["torch"] == torch.__version__
     assert run([*words[3:], f"--output_dir={tmp_path / 'again'}"]) == 0
     assert same_bits(weights(tmp_path / "again"), weights(tmp_path / "output"))
+
+
+@pytest.mark.parametrize("words", [[], ["--allow_tf32"]], ids=["off", "on"])
+def test_tf32_is_for_those_who_ask(words, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "matmul", types.SimpleNamespace())
+    assert run(flags(small(tmp_path, max_train_steps=1)) + words) == 0
+    assert torch.backends.cuda.matmul.allow_tf32 == bool(words)
 
 
 def test_two_seeds_make_two_models(tmp_path):
@@ -304,18 +328,9 @@ def broken_picture(folder: Path) -> None:
     (folder / "photographs" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 and no more")
 
 
-def another_run(folder: Path) -> None:
-    (folder / "output").mkdir()
-    (folder / "output" / "run.json").write_text("{}")
-
-
-def lora_of_another(folder: Path) -> None:
-    (folder / "output").mkdir()
-    (folder / "output" / "pytorch_lora_weights.safetensors").write_bytes(b"")
-
-
-def checkpoint_of_another(folder: Path) -> None:
-    (folder / "output" / "checkpoint-500").mkdir(parents=True)
+def already(name: str) -> Callable[[Path], None]:
+    """Something of this name is in the output folder."""
+    return lambda folder: (folder / "output" / name).mkdir(parents=True)
 
 
 def file_as_output(folder: Path) -> None:
@@ -338,6 +353,10 @@ def broken_class_picture(folder: Path) -> None:
 
 CLASS = ["--with_prior_preservation", "--class_prompt=a dog", "--class_data_dir={}/class"]
 ONCE = ["--fused_backward_pass", "--max_grad_norm=0"]
+TAKEN = (
+    "metrics.jsonl", "report.html", "checkpoint-500", "unet", "model_index.json", "pytorch_lora_weights.safetensors",
+    "output.safetensors",
+)  # fmt: skip
 MISTAKES = {
     "no model": (["--pretrained_model_name_or_path={}/nowhere"], None, "nowhere is missing"),
     "not a model": (["--pretrained_model_name_or_path={}/photographs"], None, "model_index.json"),
@@ -350,16 +369,19 @@ MISTAKES = {
     "no class prompt": (["--with_prior_preservation"], None, "--class_prompt"),
     "an odd resolution": (["--resolution=60"], None, "--resolution 60 is not divisible by 8"),
     "a negative resolution": (["--resolution=-64"], None, "--resolution -64"),
-    "another run": ([], another_run, "already holds run.json: choose another --output_dir, or go on with"),
-    "a LoRA there": ([], lora_of_another, "output already holds pytorch_lora_weights.safetensors: choose another"),
-    "a checkpoint there": ([], checkpoint_of_another, "output already holds checkpoint-500: choose another --output_dir\n"),
+    "another run": ([], already("run.json"), "already holds run.json: choose another --output_dir, or go on with"),
+    **{f"{it} there": ([], already(it), f"output already holds {it}: choose another --output_dir\n") for it in TAKEN},
     "no output folder": (["--output_dir="], None, "--output_dir is missing"),
     "a rate that is no number": (["--learning_rate=nan"], None, "--learning_rate nan is out of bounds"),
+    "a rate beyond fp32": (["--learning_rate=1e300"], None, "--learning_rate 1e+300 is out of bounds"),
     "an infinite weight": (["--prior_loss_weight=inf"], None, "--prior_loss_weight inf is out of bounds"),
     "a negative rate": (["--learning_rate=-1"], None, "--learning_rate -1.0 is less than 0"),
     "a seed beyond all": (["--seed=18446744073709551615"], None, "--seed 18446744073709551615 is out of bounds"),
+    "a first moment for ever": (["--adam_beta1=1"], None, "--adam_beta1 and --adam_beta2 must be less than 1"),
     "a moment for ever": (["--adam_beta2=1"], None, "--adam_beta2 must be less than 1"),
-    "the subject as its class": (["--class_data_dir={}/photographs"], None, "is the subject's folder: name another"),
+    "a LoRA as a single model": (["--rank=4", "--output_format=single"], None, "--output_format single is for whole models"),
+    "a LoRA that drops all": (["--rank=4", "--lora_dropout=1"], None, "--lora_dropout 1.0 is not between 0 and 1"),
+    "the subject as its class": (["--class_data_dir={}/photographs/../photographs"], None, "is the subject's folder"),
     "a file as output": ([], file_as_output, "--output_dir {}/output is a file"),
     "a missing checkpoint": (["--resume_from_checkpoint=checkpoint-7"], None, "checkpoint-7: no such checkpoint"),
     "an unknown device": (["--device=tpu"], None, "--device tpu"),
@@ -390,6 +412,23 @@ def test_a_mistake_is_told_in_one_line_before_anything_is_done(name, tmp_path, c
     assert told.format(tmp_path) in err
     assert out == ""
     assert sorted(tmp_path.rglob("*")) == before
+
+
+LEAST = dict.fromkeys((
+    "crops_per_image", "lr_warmup_steps", "rank", "seed", "learning_rate", "text_encoder_lr", "prior_loss_weight",
+    "max_grad_norm", "snr_gamma", "lr_power", "adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay",
+), 0) | dict.fromkeys((
+    "train_batch_size", "num_train_epochs", "gradient_accumulation_steps", "sample_batch_size", "checkpointing_steps",
+    "validation_steps", "num_validation_images", "num_class_images", "max_train_steps", "checkpoints_total_limit",
+), 1)  # fmt: skip
+
+
+@pytest.mark.parametrize("name, least", LEAST.items())
+def test_what_is_less_than_the_least_is_refused(name, least):
+    usual = Settings(pretrained_model_name_or_path="x", instance_data_dir="x", instance_prompt="x")
+    dataclasses.replace(usual, **{name: least}).check()
+    with pytest.raises(UserError, match=f"--{name} {least - 1} is less than {least}"):
+        dataclasses.replace(usual, **{name: least - 1}).check()
 
 
 @pytest.mark.parametrize("name", ["no photographs", "an unknown choice"])

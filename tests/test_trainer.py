@@ -23,6 +23,7 @@ from small_run import flags, metrics, only, run, same_bits, small, tiny, train, 
 import minibooth
 from minibooth.dreambooth import optimizer, stages
 from minibooth.dreambooth import trainer as module
+from minibooth.dreambooth.parallel import Ranks
 from minibooth.dreambooth.settings import Settings
 from minibooth.dreambooth.trainer import Trainer
 from minibooth.dreambooth.weights import recompute_activations
@@ -97,12 +98,15 @@ def test_a_resumed_run_ends_in_the_bits_of_one_never_stopped(name, tmp_path):
     assert dtypes <= {torch.bfloat16 if "full_bf16" in changes else torch.float32}
 
 
-def test_a_checkpoint_can_be_named(tmp_path):
+def test_a_checkpoint_can_be_named(tmp_path, monkeypatch):
+    """It is the run's own, whatever lies where the command is given."""
     whole = train(small(tmp_path, checkpointing_steps=1))
+    monkeypatch.chdir(whole)
     for i, asked in enumerate(("checkpoint-3", str(tmp_path / "stopped-1" / "checkpoint-3"))):
         stopped = stopped_after(whole, step=3, name=f"stopped-{i}")
         settings = small(tmp_path, output_dir=str(stopped), resume_from_checkpoint=asked)
-        assert trainer(settings).start == 3
+        goes_on = trainer(settings)
+        assert (goes_on.resumed, goes_on.start) == (stopped / "checkpoint-3", 3)
         assert same_bits(weights(train(settings)), weights(whole))
     settings.resume_from_checkpoint = "checkpoint-9"
     with pytest.raises(UserError, match="checkpoint-9: no such checkpoint"):
@@ -110,9 +114,12 @@ def test_a_checkpoint_can_be_named(tmp_path):
 
 
 def test_latest_without_a_checkpoint_begins_at_the_beginning(tmp_path):
+    """Also where a run was killed before its first."""
     whole = train(small(tmp_path))
-    again = small(tmp_path, output_dir=str(tmp_path / "again"), resume_from_checkpoint="latest")
-    assert same_bits(weights(train(again)), weights(whole))
+    for folder in (tmp_path / "again", stopped_after(whole, step=1, name="killed")):
+        again = small(tmp_path, output_dir=str(folder), resume_from_checkpoint="latest")
+        assert same_bits(weights(train(again)), weights(whole))
+        assert metrics(folder) == metrics(whole)
 
 
 def test_a_finished_run_resumes_to_itself(tmp_path):
@@ -121,6 +128,7 @@ def test_a_finished_run_resumes_to_itself(tmp_path):
     settings.resume_from_checkpoint = "latest"
     assert same_bits(weights(train(settings)), whole)
     assert len(metrics(Path(settings.output_dir))) == 5
+    assert "--resume_from_checkpoint" not in json.loads((tmp_path / "output" / "run.json").read_text())["command"]
 
 
 def test_a_finished_run_that_goes_on_for_longer_is_not_finished(tmp_path, monkeypatch):
@@ -171,7 +179,7 @@ def test_a_finished_run_without_a_checkpoint_is_not_done_again(tmp_path, capsys)
     words = [*flags(small(tmp_path, seed=None)), "--resume_from_checkpoint=latest"]
     assert run(words) == 0
     before = {path: path.read_bytes() for path in (tmp_path / "output").rglob("*") if path.is_file()}
-    assert run(words) == 0
+    assert run([*words, "--hub_token=hf_x"]) == 0
     assert "holds the result of just this run" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in (tmp_path / "output").rglob("*") if path.is_file()} == before
     for other in (["--learning_rate=0.5"], ["--resume_from_checkpoint="]):
@@ -182,6 +190,14 @@ def test_a_finished_run_without_a_checkpoint_is_not_done_again(tmp_path, capsys)
 def test_a_folder_has_one_run_at_a_time(tmp_path):
     with trainer(small(tmp_path)).journal.claimed(), pytest.raises(UserError, match="another run is going on in"):
         trainer(small(tmp_path)).journal.claimed().__enter__()
+
+
+def test_processes_that_see_different_folders_are_refused(tmp_path):
+    """As where one finds a checkpoint that the first does not."""
+    ranks = Ranks(torch.device("cpu"))
+    ranks.same = lambda value: value + 1
+    with pytest.raises(UserError, match="is not the same folder for all processes"):
+        Trainer(small(tmp_path), ranks.device, torch.float32, torch.float32, ranks)
 
 
 def test_later_checkpoints_are_never_touched(tmp_path):
@@ -284,6 +300,29 @@ def test_a_run_stopped_at_any_moment_can_go_on(name, every, never_stopped, tmp_p
     assert metrics(output) == metrics(Path(never_stopped.output_dir))
 
 
+def test_an_interrupt_in_the_last_step_leaves_the_result(tmp_path, monkeypatch):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def step(self, number, own=Trainer.step):
+        if number + 1 == self.steps:
+            signal.raise_signal(signal.SIGINT)
+        return own(self, number)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    with pytest.raises(KeyboardInterrupt, match="all 2 steps were done"):
+        train(small(tmp_path, max_train_steps=2))
+    assert (tmp_path / "output" / "model_index.json").exists()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_second_interrupt_is_not_waited_for():
+    with module.interrupts() as caught:
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert caught == [signal.SIGINT]
+
+
 # ---- checkpoints
 
 
@@ -293,8 +332,12 @@ def checkpoints(output: Path) -> list[str]:
 
 @pytest.mark.parametrize("limit, kept", [(None, 5), (1, 1), (2, 2), (9, 5)])
 def test_the_newest_checkpoints_are_kept(limit, kept, tmp_path):
-    output = train(small(tmp_path, checkpointing_steps=1, checkpoints_total_limit=limit))
-    assert checkpoints(output) == [f"checkpoint-{step}" for step in range(6 - kept, 6)]
+    """And what the user called like one."""
+    run = trainer(small(tmp_path, checkpointing_steps=1, checkpoints_total_limit=limit))
+    own = tmp_path / "output" / "checkpoint-0.bak"
+    own.mkdir(parents=True)
+    run.train()
+    assert checkpoints(tmp_path / "output") == [own.name, *(f"checkpoint-{step}" for step in range(6 - kept, 6))]
 
 
 def test_checkpoints_are_ordered_by_number(tmp_path):
@@ -373,20 +416,21 @@ def test_the_global_random_state_is_left_alone(tmp_path):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def gradients(settings: Settings) -> dict[str, torch.Tensor]:
-    """Of the third step."""
+def third_step(settings: Settings) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """Its losses and gradients."""
     run = trainer(settings)
     run.prepare()
     run.optimizer.zero_grad = lambda **options: None
-    run.step(2)
-    return {f"{name}.{key}": p.grad for name, network in run.trained.items() for key, p in network.named_parameters()}
+    losses, networks = run.step(2), run.trained.items()
+    return losses, {f"{name}.{key}": p.grad for name, network in networks for key, p in network.named_parameters()}
 
 
 @pytest.mark.parametrize("prior", [False, True])
-def test_two_batches_of_one_have_the_gradient_of_one_batch_of_two(prior, tmp_path):
+def test_two_batches_of_one_have_the_loss_and_gradient_of_one_batch_of_two(prior, tmp_path):
     changes = {"max_grad_norm": 0.0, "train_text_encoder": True} | (with_class(tmp_path) if prior else {})
-    one = gradients(small(tmp_path, train_batch_size=2, **changes))
-    two = gradients(small(tmp_path, train_batch_size=1, gradient_accumulation_steps=2, **changes))
+    loss, one = third_step(small(tmp_path, train_batch_size=2, **changes))
+    losses, two = third_step(small(tmp_path, train_batch_size=1, gradient_accumulation_steps=2, **changes))
+    assert losses == pytest.approx(loss)
     scale = max(gradient.abs().max() for gradient in one.values())
     assert scale > 0
     assert max((one[name] - two[name]).abs().max() for name in one) < 1e-5 * scale
@@ -483,6 +527,8 @@ def test_mixed_precision_keeps_masters_in_fp32(tmp_path):
         assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
         assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in tensors.values())
     assert same_bits(only(weights(output), "unet", "text_encoder"), masters)
+    for config in ("unet/config.json", "text_encoder/config.json"):
+        assert (output / "checkpoint-3" / config).read_bytes() == (output / config).read_bytes()
     assert same_bits(only(weights(output), "vae"), only(weights(tiny()), "vae"))
 
 
@@ -614,9 +660,27 @@ def test_weights_that_are_not_finite_are_no_result(tmp_path):
     assert not (tmp_path / "output" / "unet").exists()
 
 
+FLAGS = {
+    "snr_gamma": 1.0, "adam_beta1": 0.5, "adam_beta2": 0.5, "adam_epsilon": 1e-2, "adam_weight_decay": 10.0,
+    "lr_power": 3.0, "lr_num_cycles": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_how_loss_optimizer_and_rate_are_told_to_be_makes_a_difference(name, tmp_path):
+    schedulers = {"lr_power": "polynomial", "lr_num_cycles": "cosine_with_restarts"}
+    usual = {"lr_scheduler": schedulers.get(name, "constant"), "lr_warmup_steps": 0, "max_train_steps": 2}
+    plain = train(small(tmp_path, output_dir=str(tmp_path / "plain"), **usual))
+    assert not same_bits(weights(train(small(tmp_path, **usual | {name: FLAGS[name]}))), weights(plain))
+
+
 def test_warm_up_is_held_against_the_steps_that_epochs_make(tmp_path):
-    with pytest.raises(UserError, match="--lr_warmup_steps 500 leaves nothing of 8 steps"):
-        trainer(small(tmp_path, max_train_steps=None, num_train_epochs=4, lr_scheduler="cosine", lr_warmup_steps=500))
+    """But may go on to the end where nothing comes after it."""
+    changes = {"max_train_steps": None, "num_train_epochs": 4}
+    with pytest.raises(UserError, match="--lr_warmup_steps 8 leaves nothing of 8 steps"):
+        trainer(small(tmp_path, lr_scheduler="linear", lr_warmup_steps=8, **changes))
+    trainer(small(tmp_path, lr_scheduler="linear", lr_warmup_steps=7, **changes))
+    trainer(small(tmp_path, lr_scheduler="constant_with_warmup", **changes))
 
 
 # ---- samples
@@ -637,6 +701,13 @@ def test_a_sample_depends_on_the_seed_and_its_number_alone(tmp_path):
     assert len({tuple(noise.flatten().tolist()) for noise in noises}) == len(noises)
     timesteps = [t.item() for _, _, t, _ in first]
     assert len(set(timesteps)) > 6 and min(timesteps) >= 0 and max(timesteps) < 1000
+
+
+def test_dropout_is_drawn_anew_at_every_step(tmp_path, monkeypatch):
+    keys, seeded = [], module.seeded
+    monkeypatch.setattr(module, "seeded", lambda device, *key: keys.append(key) or seeded(device, *key))
+    train(small(tmp_path, max_train_steps=2))
+    assert len(set(keys)) == len(keys) == 2
 
 
 @pytest.mark.parametrize("train_text_encoder", [False, True])
@@ -682,6 +753,10 @@ def test_the_rate_can_be_scaled_with_the_batch(tmp_path):
     assert dict(run.summary())["rate"] == "0.006, constant"
     run.train()
     assert metrics(tmp_path / "output")[0]["lr"] == pytest.approx(6e-3)
+    ranks = Ranks(torch.device("cpu"))
+    ranks.count = 2
+    many = small(tmp_path, output_dir=str(tmp_path / "many"), **changes)
+    assert Trainer(many, ranks.device, torch.float32, torch.float32, ranks).scale == 12
 
 
 def test_the_summary_tells_what_will_run(tmp_path):
