@@ -80,7 +80,8 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> NoReturn:
             raise
         status, words = 2, f"error: not enough memory: take a smaller size or batch; {str(error)[:200]}".removesuffix("; ")
     except KeyboardInterrupt as interrupt:
-        status, words = 143 if "SIGTERM" in interrupt.args else 130, f"interrupted: {interrupt}".removesuffix(": ")
+        said = [word for word in interrupt.args if word != "SIGTERM"]
+        status, words = 143 if "SIGTERM" in interrupt.args else 130, ": ".join(["interrupted", *(said or interrupt.args)])
     print(f"minibooth.{Path(argv[0]).stem}:", *words.split(), file=sys.stderr)
     sys.exit(status)
 

@@ -26,6 +26,9 @@ A1111 = {
 }  # fmt: skip
 
 
+READ = "dtype", "variant", "revision", "tokenizer", "prediction_type"  # how the model was read, where it was said
+
+
 def parser(
     name: str, description: str | None, embedded: str, steps: int, guidance_scale: float, output_dir: str = "pictures",
     seed: int | None = None,
@@ -100,11 +103,12 @@ def metadata(flags: argparse.Namespace, prompt: str, seed: int, size: tuple[int,
         "Size": f"{size[0]}x{size[1]}", "Model": Path(flags.model).name,
     }  # fmt: skip
     negative = f"\nNegative prompt: {flags.negative_prompt}" if flags.negative_prompt else ""
-    loras = "".join(f" <lora:{Path(path).stem}:{weight:g}>" for path, weight in command.loras(flags))
-    parameters = f"{prompt}{loras}{negative}\n" + ", ".join(f"{key}: {value}" for key, value in a1111.items())
+    named = "".join(f" <lora:{Path(path).stem}:{weight:g}>" for path, weight in command.loras(flags))
+    parameters = f"{prompt}{named}{negative}\n" + ", ".join(f"{key}: {value}" for key, value in a1111.items())
+    loras = ", ".join(f"{path} {weight:g}" for path, weight in command.loras(flags))
+    own |= {name: value for name in READ if (value := getattr(flags, name))} | ({"lora": loras} if loras else {})
     own |= dict(
         prompt=prompt, negative_prompt=flags.negative_prompt, seed=seed, steps=flags.steps, sampler=flags.sampler,
         guidance_scale=flags.guidance_scale, model=flags.model, software="minibooth",
-        **({"lora": loras.strip()} if loras else {}),
     )  # fmt: skip
     return {key: str(value) for key, value in own.items()} | {"parameters": parameters}

@@ -21,3 +21,13 @@ def blaming(name: object) -> Iterator[None]:
         if not isinstance(error, UserError):
             said = f"{name} holds something unexpected ({type(error).__name__}: {said}); mend it, or download it again"
         raise UserError(said if str(name) in said else f"{name}: {said}") from error
+
+
+@contextlib.contextmanager
+def refusals(what: str, remedy: str) -> Iterator[None]:
+    """Within, whatever goes wrong with the hub ends in a UserError that says what had been wanted, and why it was not to be."""
+    try:
+        yield
+    except Exception as error:  # the hub's, the disk's, or of the HTTP library, which differs by version
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{what} ({reason}); {remedy}") from None

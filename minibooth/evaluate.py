@@ -40,23 +40,8 @@ PAPER = {  # tables 1 and 3: 30 subjects, 25 prompts, 4 pictures of each
     "paper: without prior preservation": (0.712, 0.828, 0.306, 0.664, 0.371),
 }
 TINY_EYES = {"clip": str(drawing.WEIGHTS / "tiny-clip"), "dino": "none"}  # PUBLISHED, for the embedded model
-TOY = drawing.WEIGHTS / "subject" / "prompts_and_classes.txt"  # the prompts, for it: what its world has
-
-# Prompts as the paper has them: 20 other places for a thing, or 10 and 10 outfits for somebody alive, and 5 other looks.
-PLACES = (
-    "in a desert", "in heavy rain", "on a park bench", "in front of a lighthouse", "on a kitchen table", "in an old library",
-    "on a railway platform", "at the foot of a waterfall", "on a rooftop at night", "in a field of lavender",
-)  # fmt: skip
-STANDS = (
-    "on a stack of books", "on a marble staircase", "in a shop window", "under a glass dome", "in a bathtub full of foam",
-    "on the hood of a yellow car", "next to a bowl of oranges", "half buried in sand", "on a velvet cushion",
-    "with the pyramids in the background",
-)  # fmt: skip
-OUTFITS = (
-    "wearing a straw hat", "wearing a green knitted sweater", "wearing headphones", "wearing a bow tie", "wearing ski goggles",
-    "with a garland of flowers", "in a suit of armour", "in an astronaut suit", "in a yellow raincoat", "dressed as a pirate",
-)  # fmt: skip
-LOOKS = ("a blue {0} {1}", "a golden {0} {1}", "a transparent {0} {1}", "a fluffy {0} {1}", "a {0} {1} made of wood")
+PROMPTS = Path(__file__).with_name("prompts_and_classes.txt")  # 20 places or outfits and 5 looks, as the paper has them
+TOY = drawing.WEIGHTS / "subject" / "prompts_and_classes.txt"  # for the embedded model: what its world has
 
 
 def parser() -> command.Parser:
@@ -99,7 +84,7 @@ def complete(flags: argparse.Namespace) -> None:
     flags.class_noun = flags.class_noun or noun or prompt.partition(f"{flags.identifier} ")[2]
     flags.images = flags.images or said.get("instance_data_dir")
     flags.resolution = flags.resolution or said.get("resolution")
-    flags.prompts = flags.prompts or (TOY if embedded and not flags.live else None)
+    flags.prompts = flags.prompts or (TOY if embedded and not flags.live else PROMPTS)
     for name, usual in (TINY_EYES if embedded and Path(TINY_EYES["clip"]).is_dir() else PUBLISHED).items():
         setattr(flags, name, getattr(flags, name) or usual)
     if not flags.images:
@@ -110,13 +95,11 @@ def complete(flags: argparse.Namespace) -> None:
 
 
 def prompts(flags: argparse.Namespace) -> list[str]:
-    """The subject's prompts: one of the file's two lists, or ours. Raises UserError for a file without them."""
-    found = [f"a {{0}} {{1}} {where}" for where in PLACES + (OUTFITS if flags.live else STANDS)] + [*LOOKS]
-    if flags.prompts:
-        if not flags.prompts.is_file():
-            raise UserError(f"--prompts {flags.prompts} is missing")
-        part = flags.prompts.read_text("utf-8", "replace").partition("Live Subject Prompts")[2 if flags.live else 0]
-        found = [line[2] for line in re.finditer(r"""^\s*(['"])(.*)\1\.format\(""", part, re.M)]
+    """The subject's prompts: one of the file's two lists. Raises UserError for a file without them."""
+    if not flags.prompts.is_file():
+        raise UserError(f"--prompts {flags.prompts} is missing")
+    part = flags.prompts.read_text("utf-8", "replace").partition("Live Subject Prompts")[2 if flags.live else 0]
+    found = [line[2] for line in re.finditer(r"""^\s*(['"])(.*)\1\.format\(""", part, re.M)]
     if not found:
         what = "'a {0} {1} in the snow'.format(...), those for --live under the heading Live Subject Prompts"
         raise UserError(f"--prompts {flags.prompts} has no {'live ' * flags.live}prompts; one a line is needed: {what}")
@@ -183,16 +166,21 @@ def main(argv: Sequence[str]) -> None:
     clip = encoder(flags, "clip", lambda name: Eyes(name, device=pipe.device, kind="clip"))
     dino = encoder(flags, "dino", lambda name: Eyes(name, device=pipe.device, kind="vit"))
     lpips = encoder(flags, "lpips", lambda name: open_lpips(name, pipe.device))
+    if lpips and flags.resolution and flags.resolution < 32:  # AlexNet's pooling leaves nothing of less
+        raise UserError("--lpips needs pictures of 32 pixels or more: take a larger --resolution, or --lpips none")
     how = {name: getattr(flags, name) for name in ("resolution", "negative_prompt", *DRAWING)}
     how |= origin(pipe.source, {name: network.state_dict() for name, network in pipe.networks.items()}, pipe.dtype)
     folder = flags.output_dir / flags.subject
+    own = folder / "results.json"
+    earlier = files.read_json(own).get("settings", {}) if own.exists() else {}
+    if (there := earlier.get("images")) and Path(there).resolve() != Path(flags.images).resolve():
+        raise UserError(f"{own} has the figures of {there}: give {flags.images} another name with --subject")
     drawn = [Drawings(folder, {"prompt": text} | how, flags.num_images, flags.seed) for text in texts]
     of_class = Drawings(folder, {"prompt": f"a {flags.class_noun}"} | how, flags.num_class_images, flags.seed)
     draw([*drawn, of_class], pipe, flags.batch_size, flags.subject)
 
     results = {"subject": flags.subject, **measure(real, drawn, of_class, clip, dino, lpips), "model": how}
     results |= {"settings": vars(flags), "versions": {"python": platform.python_version(), "torch": torch.__version__}}
-    own = folder / "results.json"
     files.write_text(own, json.dumps(results, indent=2, default=str) + "\n")
     found: dict[str, Any] = {}
     for path in sorted({own, *flags.output_dir.glob("*/results.json")}):

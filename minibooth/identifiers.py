@@ -11,12 +11,13 @@ from minibooth.dreambooth.identifier import rare_words
 def main(argv: Sequence[str]) -> None:
     """Print the rarest, with how far training has moved them; nothing but the text encoder is read."""
     parser = command.Parser("python -m minibooth.identifiers", __doc__)
-    parser.add_argument("--model", required=True, help="a folder in the diffusers layout, or owner/name on the hub")
-    parser.add_argument("--variant", help="of the weights' files, such as fp16")
-    parser.add_argument("--revision", help="of a model on the hub: branch, tag or commit")
+    model = "a folder in the diffusers layout, a single file, or owner/name on the hub"
+    parser.add_argument("--model", required=True, help=model)
+    command.source_flags(parser)
     parser.add_argument("--count", type=command.within(1), default=20, help="how many [20]")
     flags = parser.parse_args(command.normalise(argv))
-    source = Source.open(flags.model, variant=flags.variant, revision=flags.revision)
+    how = {name: getattr(flags, name) for name in ("variant", "revision", "tokenizer", "prediction_type")}
+    source = Source.open(flags.model, **how)
     embeddings = source.weights["text_encoder"]["text_model.embeddings.token_embedding.weight"]
     for word, token, moved in rare_words(source.tokenizer(), embeddings)[: flags.count]:
         print(f"{word:6} token {token:5}  moved {moved:.2f}")

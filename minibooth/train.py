@@ -7,7 +7,7 @@ import itertools
 import shlex
 import sys
 import typing
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -66,13 +66,14 @@ def first_step(given: dict[str, typing.Any]) -> Settings:
     return Settings(**({} if named or not there else embedded) | given)
 
 
-def second_step(settings: Settings, given: Collection[str] = ()) -> Settings:
+def second_step(settings: Settings, given: Mapping[str, typing.Any] = {}) -> Settings:
     """The paper's second step, where --upscaler asks for it: the same photographs, another model, no class pictures.
 
-    given: the flags that the command line has.
+    given: what the command line says; what the embedded run does anyway, as the command in its run.json says, is not said.
     """
-    usual = SECOND | (LORA if settings.rank else {})
-    own = {name: value for name, value in usual.items() if name not in given and settings.upscaler == EMBEDDED["upscaler"]}
+    lora, embedded = LORA if settings.rank else {}, settings.upscaler == EMBEDDED["upscaler"]
+    said = [name for name, value in given.items() if (EMBEDDED | lora).get(name) != value]
+    own = {name: value for name, value in (SECOND | lora).items() if embedded and name not in said}
     off = "with_prior_preservation", "train_text_encoder"
     own |= {f.name: f.default for f in dataclasses.fields(Settings) if f.name in off or f.metadata.get("needs") in off}
     return dataclasses.replace(
@@ -95,22 +96,22 @@ def trainer(settings: Settings, ranks: Ranks) -> Trainer:
 def train(settings: Settings, ranks: Ranks) -> tuple[str, list[str]]:
     """One step of the paper, start to end; returns the command that draws with what it left: the model, or that and a LoRA."""
     run = trainer(settings, ranks)
-    repository = hub.reserve(settings) if settings.push_to_hub and ranks.first else None
+    if settings.push_to_hub and ranks.first:
+        hub.reserve(settings)
     if run.journal.finished:
         print(f"{settings.output_dir} holds the result of just this run: nothing is left to do")
     else:
         print("\n".join(f"{name:>10}  {value}" for name, value in run.summary()), flush=True)
         if ranks.first:
             command.ready_folder(run.journal.folder)
-        with ranks.guard(run.journal), run.journal.claimed() if ranks.first else contextlib.nullcontext():
+        with run.journal.claimed() if ranks.first else contextlib.nullcontext():
             try:
                 run.train()
             except KeyboardInterrupt as interrupt:  # one that was not waited for says nothing of its own
+                if not {*interrupt.args} <= {"SIGTERM"}:
+                    raise
                 latest = " and --resume_from_checkpoint latest" * bool(run.journal.has("run.json"))
-                raise KeyboardInterrupt(str(interrupt) or f"go on with the same command{latest}") from None
-    if repository:
-        hub.push(settings, repository)
-        print(f"uploaded to {repository}")
+                raise KeyboardInterrupt(f"go on with the same command{latest}", *interrupt.args) from None
     lora = [settings.pretrained_model_name_or_path, settings.output_dir]
     return run.stage.draw_command.format(*settings.noise_levels), lora if settings.rank else [str(run.weights.result)]
 
@@ -121,10 +122,12 @@ def main(argv: Sequence[str]) -> None:
     settings = first_step(given)
     torch.backends.cuda.matmul.allow_tf32 = settings.allow_tf32
     steps = [settings, second_step(settings, given)] if settings.upscaler else [settings]
-    with parallel.start(settings, command.device(settings.device)) as ranks:
+    with parallel.start(settings, command.device(settings.device)) as ranks, ranks.guard(settings.output_dir):
         for later in steps[1:]:
             trainer(later, ranks)  # what would stop it is to be known now
         (use, *_), (model, *upscaler) = zip(*(train(each, ranks) for each in steps), strict=True)
+        if settings.push_to_hub and ranks.first:
+            print(f"uploaded to {hub.push(settings)}")
         words = [*itertools.chain(*zip(("--model", "--lora"), model, strict=False))]
         how = {"guidance_scale": settings.validation_guidance_scale}  # as the grids were drawn
         for own, later in zip(upscaler, steps[1:], strict=True):

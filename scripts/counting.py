@@ -206,7 +206,9 @@ def memory(s: Settings) -> dict[str, float]:
 
 
 def main(argv: Sequence[str]) -> None:
-    print(memory(train.parse(argv)))
+    settings = train.parse(argv)
+    settings.check()
+    print(memory(settings))
 
 
 if __name__ == "__main__":

@@ -263,7 +263,8 @@ def test_without_an_identifier_nothing_stands_in_its_place(kit, tmp_path):
 
 @pytest.mark.parametrize("live", [[], ["--live"]])
 def test_our_own_prompts_are_the_papers_kind(live):
-    flags = evaluate.parser().parse_args(["--identifier", "sks", "--class_noun", "dog", *live])
+    words = ["--model", "owner/name", "--images", "spot", "--identifier", "sks", "--class_noun", "dog", *live]
+    evaluate.complete(flags := evaluate.parser().parse_args(words))
     found = evaluate.prompts(flags)
     assert len(set(found)) == 25 and all("sks dog" in prompt and "{" not in prompt for prompt in found)
 
@@ -341,6 +342,18 @@ def test_the_words_are_those_of_the_instance_prompt(tmp_path, instance, of_class
             flags = evaluate.parser().parse_args(["--model", str(place), "--class_noun", "poodle"])
             evaluate.complete(flags)
             assert (flags.identifier, flags.class_noun) == (words[0], "poodle")
+
+
+def test_another_subjects_figures_are_not_replaced(kit, tmp_path):
+    write_json(tmp_path / kit.images.name / "results.json", {"settings": {"images": str(tmp_path / "other" / kit.images.name)}})
+    with pytest.raises(minibooth.errors.UserError, match="has the figures of .*other.*another name with --subject"):
+        kit.run(tmp_path)
+
+
+def test_pictures_too_small_for_lpips_are_refused_before_they_are_drawn(kit, tmp_path):
+    with pytest.raises(minibooth.errors.UserError, match="32 pixels or more"):
+        kit.run(tmp_path, "--resolution", "24")
+    assert not [*tmp_path.rglob("*.png")]
 
 
 @pytest.mark.parametrize("settings", [None, [], {"instance_prompt": 5, "class_prompt": ["a"], "resolution": "64"}])

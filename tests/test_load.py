@@ -444,6 +444,18 @@ def test_what_a_run_left_beside_the_pipeline_is_not_written_with_it(sd1, copy_of
     assert content(tmp_path / "saved").keys() == content(sd1).keys()
 
 
+def test_a_compiled_network_is_saved_as_what_it_is(sd1, copy_of):
+    folder = copy_of(sd1)
+    pipe = minibooth.load(folder)
+    pipe.unet = torch.compile(pipe.unet)
+    pipe.save(folder)
+    assert content(folder) == content(sd1)
+    del pipe.unet._orig_mod.conv_in.bias
+    with pytest.raises(UserError, match="unet lacks conv_in.bias"):
+        pipe.save(folder)
+    assert content(folder) == content(sd1)
+
+
 def test_the_safety_checker_is_left_behind(sd1, copy_of, tmp_path):
     minibooth.load(with_safety_checker(copy_of(sd1))).save(tmp_path / "saved")
     index = json.loads((tmp_path / "saved" / "model_index.json").read_text())

@@ -404,7 +404,8 @@ def test_the_commands_take_several_with_strengths(sd1, tmp_path, capsys):
     live, folder, without = (picture(tmp_path / name / "0000.png") for name in ("live", "of-merged", "plain"))
     assert np.abs(live[0] - without[0]).max() > 5
     assert np.abs(live[0] - folder[0]).max() <= 1
-    assert live[1]["lora"] == "<lora:kohya:0.5> <lora:other:-0.25>" and "lora" not in without[1]
+    assert live[1]["lora"] == f"{one} 0.5, {other} -0.25" and "lora" not in without[1]
+    assert "<lora:kohya:0.5> <lora:other:-0.25>" in live[1]["parameters"]
     assert live[1]["parameters"].startswith(f"{PROMPT} <lora:kohya:0.5> <lora:other:-0.25>\n")
 
 

@@ -45,23 +45,45 @@ def test_the_command_pushes_when_it_has_trained(hub, tmp_path, capsys):
 
 
 def test_the_whole_pipeline_arrives_with_its_card_and_nothing_else(hub, trained):
+    """Not the photographs, nor what shows them, nor what else lies in the folder."""
     folder = Path(trained.output_dir)
-    (folder / ".unfinished").write_text("half")
-    repository = reserve(trained)
-    assert repository == f"{hub.endpoint}/owner/sks-dog"
-    push(trained, repository)
+    photographs(folder / "photographs")
+    photographs(folder / "samples")
+    for name in (".unfinished", "notes.txt", "README.md", "another.safetensors"):
+        (folder / name).write_text("my own")
+    assert push(trained) == f"{hub.endpoint}/owner/sks-dog"
     arrived = hub.repositories["owner/sks-dog"]
-    private = (".unfinished", "checkpoint-1", "class", "run.json", "metrics.jsonl", "report.html")
-    assert all((folder / name).exists() for name in private)
-    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    assert arrived == {name: path.read_bytes() for name, path in files.items() if not name.startswith(private)}
-    assert {"README.md", "model_index.json", "vae/config.json", "tokenizer/merges.txt"} <= arrived.keys()
+    names = {name for name in Path(trained.pretrained_model_name_or_path).rglob("*") if name.is_file()}
+    expected = {path.relative_to(trained.pretrained_model_name_or_path).as_posix() for path in names}
+    assert arrived.keys() == expected | {"README.md"}
+    assert all(arrived[name] == (folder / name).read_bytes() for name in expected)
+    assert b"my own" not in arrived["README.md"] and (folder / "README.md").read_text() == "my own"
+
+
+def test_a_lora_and_that_of_the_second_step_arrive(hub, tmp_path):
+    for folder in (tmp_path / "sks [1]", tmp_path / "sks [1]" / "upscaler"):
+        folder.mkdir()
+        for name in (f"{folder.name}.safetensors", "pytorch_lora_weights.safetensors", "run.json"):
+            (folder / name).write_text("a LoRA")
+    push(small(tmp_path, upscaler="x4", rank=4, output_dir=str(tmp_path / "sks [1]"), hub_model_id="owner/sks"))
+    first = {"sks [1].safetensors", "pytorch_lora_weights.safetensors"}
+    second = {"upscaler/upscaler.safetensors", "upscaler/pytorch_lora_weights.safetensors"}
+    assert hub.repositories["owner/sks"].keys() == first | second | {"README.md"}
 
 
 def test_a_second_push_goes_to_the_same_repository(hub, trained):
     for _ in range(2):
-        push(trained, reserve(trained))
+        push(trained)
     assert hub.repositories.keys() == {"owner/sks-dog"}
+
+
+def test_a_finished_run_can_be_pushed_later(hub, tmp_path, capsys):
+    settings = small(tmp_path, max_train_steps=1)
+    assert run(flags(settings)) == 0
+    later = ["--resume_from_checkpoint=latest", "--push_to_hub", "--hub_model_id=owner/later", "--report_to=wandb"]
+    assert run(flags(settings) + later) == 0
+    said = capsys.readouterr().out
+    assert "nothing is left to do" in said and "uploaded to" in said and "owner/later" in hub.repositories
 
 
 def test_without_a_name_the_folder_gives_one(hub, trained):
@@ -101,11 +123,12 @@ def test_a_refusal_comes_before_the_training(refusal, hub, tmp_path, capsys):
 @pytest.mark.parametrize("trouble", ["refusal", "out of reach"])
 def test_a_failed_upload_is_told_in_one_line_and_the_model_stays(trouble, hub, trained, monkeypatch):
     repository = reserve(trained)
+    monkeypatch.setattr("minibooth.dreambooth.hub.reserve", lambda settings: repository)
     if trouble == "refusal":
         hub.refusal = 403
     else:
         monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UserError, match=f"the model is in {trained.output_dir}, but could not be uploaded") as error:
-        push(trained, repository)
+        push(trained)
     assert "\n" not in str(error.value)
     assert weights(Path(trained.output_dir)).keys() == weights(Path(trained.pretrained_model_name_or_path)).keys()

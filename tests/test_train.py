@@ -162,6 +162,14 @@ def test_what_is_said_of_the_first_model_and_its_result_is_not_said_of_the_secon
     assert train.second_step(first) == second
 
 
+@pytest.mark.parametrize("words", [[], ["--rank=8"], ["--max_train_steps=7", "--learning_rate=1e-3"]])
+def test_the_command_of_the_embedded_run_repeats_its_second_step(words):
+    """It says all that the first step does, which the second does otherwise."""
+    settings = train.first_step(given := train.given_flags(words))
+    repeated = settings.given()
+    assert train.second_step(train.first_step(repeated), repeated) == train.second_step(settings, given)
+
+
 def test_help_explains_every_flag(capsys):
     assert run(["--help"]) == 0
     text = capsys.readouterr().out

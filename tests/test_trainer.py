@@ -315,6 +315,17 @@ def test_an_interrupt_in_the_last_step_leaves_the_result(tmp_path, monkeypatch):
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_was_stopped_says_how_to_go_on_and_what_stopped_it(number, status, tmp_path, monkeypatch, capsys):
+    def step(self, *given, own=Trainer.step):
+        signal.raise_signal(number)
+        return own(self, *given)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    assert run(flags(small(tmp_path))) == status
+    assert "go on with the same command and --resume_from_checkpoint latest (step 1)" in capsys.readouterr().err
+
+
 def test_a_second_interrupt_is_not_waited_for():
     with module.interrupts() as caught:
         signal.raise_signal(signal.SIGINT)
@@ -354,12 +365,19 @@ def test_what_a_killed_run_left_half_written_is_cleared_away(name, tmp_path):
     assert not [*output.glob(".*")]
 
 
-def test_what_was_measured_before_the_first_checkpoint_is_measured_anew(tmp_path):
+@pytest.mark.parametrize("step, kept", [(0, []), (2, ["mine", "step-0", "step-2"])])
+def test_what_was_measured_and_drawn_after_the_checkpoint_is_made_anew(step, kept, tmp_path):
+    """And before the first, step 0's."""
     journal = trainer(small(tmp_path, resume_from_checkpoint="latest")).journal
-    journal.folder.mkdir()
-    journal.log(step=0, subject_similarity=0.5)
-    journal.open(0)
-    assert metrics(journal.folder) == []
+    (samples := journal.folder / "samples").mkdir(parents=True)
+    for number in (0, 2, 4, 10):
+        journal.log(step=number, subject_similarity=0.5)
+        (samples / f"step-{number}.png").touch()
+    (samples / "before-after.png").touch()
+    (samples / "mine.png").touch()
+    journal.open(step)
+    assert [line["step"] for line in metrics(journal.folder)] == [number for number in (0, 2) if step]
+    assert sorted(path.stem for path in samples.iterdir()) == (kept or ["mine"])
 
 
 def test_a_crash_while_a_checkpoint_is_written_leaves_the_earlier_one(tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from minibooth.checkpoint import files, ldm
 from minibooth.checkpoint.ldm import SCHEDULE
-from minibooth.errors import UserError, blaming
+from minibooth.errors import UserError, blaming, refusals
 from minibooth.models.clip import CLIPText
 from minibooth.models.config import CLIPTextConfig, Config, UNetConfig, VAEConfig
 from minibooth.models.tokenizer import Tokenizer
@@ -240,8 +240,9 @@ class Source:
         Parts of a folder that we do not read, the safety checker for one, become null in model_index.json. Raises UserError
         where what was read does not fit together.
         """
-        for name in self.weights:
-            check(self.skeleton(name), self.weights[name], f"{self.name}: {name}")
+        for name, read in self.weights.items():
+            for state in (read, weights.get(name, read)):
+                check(self.skeleton(name), state, f"{self.name}: {name}")
         states = {name: weights.get(name, read) for name, read in self.weights.items()}
         (self._save_file if path.suffix == ".safetensors" else self._save_folder)(path, states, dtype)
 
@@ -359,11 +360,9 @@ def snapshot(repository: str, patterns: list[str], revision: str | None = None, 
     """A hub repository's files; `cached`: only those already here. Raises UserError with the reason where it cannot be had."""
     from huggingface_hub import snapshot_download  # half a second
 
-    try:
+    wanted = f"{repository} is no folder here, and could not be had from the hub"
+    with refusals(wanted, "mend its name, or try again"):
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, local_files_only=cached))
-    except Exception as error:  # the hub's, the disk's, or of the HTTP library, which differs by version
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{repository} is no folder here, and could not be had from the hub ({reason})") from None
 
 
 def vocabulary(path: Path, tokenizer: str | Path | None = None) -> dict[str, bytes]:

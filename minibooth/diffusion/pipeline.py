@@ -69,7 +69,8 @@ class Pipeline:
 
     def save(self, path: str | Path) -> None:
         """Write a folder in the diffusers layout, or an LDM single file if `path` ends in .safetensors (`Source.save`)."""
-        self.source.save(Path(path), {name: network.state_dict() for name, network in self.networks.items()})
+        bare = {name: getattr(network, "_orig_mod", network) for name, network in self.networks.items()}  # of torch.compile's
+        self.source.save(Path(path), {name: network.state_dict() for name, network in bare.items()})
 
     def load_lora(self, path: str | Path, weight: float = 1.0) -> None:
         """Add a LoRA, a file of diffusers' or kohya's or a folder that holds one, in strength `weight`.

@@ -1,34 +1,19 @@
 """Uploading a result to the hub, with a model card that says what it is."""
 
-import contextlib
+import glob
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub
 
-from minibooth.checkpoint import files
+from minibooth.checkpoint.lora import DIFFUSERS
 from minibooth.dreambooth.settings import Settings
-from minibooth.errors import UserError
+from minibooth.errors import refusals
 
-NOT_UPLOADED = [".*", "*checkpoint-*", "class/*", "*run.json", "*metrics.jsonl", "*report.html"]
-CARD = """---
-library_name: diffusers
-{base}instance_prompt: {quoted_prompt}
-tags:
-- text-to-image
-- diffusers
-- stable-diffusion
-- dreambooth
-- minibooth
-inference: true
----
-
-# {name}
-
-A DreamBooth fine-tune of `{model}`, made with minibooth. The prompt that calls the subject is *{instance_prompt}*.
-{trained} trained at {resolution} px{prior}, with a learning rate of {learning_rate:g}.
-"""
+# What is uploaded; {}: the folder's name. Not photographs, what was made of them, and what else lies in the folder.
+PARTS = "unet/* vae/* text_encoder*/* tokenizer*/* scheduler/* low_res_scheduler/*"
+UPLOADED = ["model_index.json", *PARTS.split(), DIFFUSERS, "{}.safetensors"]
+CARD = Path(__file__).with_name("model_card.md").read_text("utf-8")
 
 
 def model_card(settings: Settings, name: str) -> str:
@@ -43,31 +28,25 @@ def model_card(settings: Settings, name: str) -> str:
     )  # fmt: skip
 
 
-@contextlib.contextmanager
-def refusals(what: str) -> Iterator[None]:
-    """Whatever goes wrong with the hub inside becomes a UserError that says what had been wanted."""
-    try:
-        yield
-    except Exception as error:  # the hub's, the disk's, or of the HTTP library, which differs by version
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{what} ({reason}); see --hub_token") from None
-
-
 def reserve(settings: Settings) -> huggingface_hub.RepoUrl:
     """Make the repository of --hub_model_id (or of the output folder's name) if need be, before hours go into its content.
 
     Returns its address. Raises UserError where the hub refuses or is not there.
     """
     name = settings.hub_model_id or Path(settings.output_dir).resolve().name
-    with refusals(f"{name} cannot be uploaded to"):
+    with refusals(f"{name} cannot be uploaded to", "see --hub_model_id and --hub_token"):
         return huggingface_hub.HfApi(token=settings.hub_token).create_repo(name, exist_ok=True)
 
 
-def push(settings: Settings, repository: huggingface_hub.RepoUrl) -> None:
-    """Upload --output_dir with a model card. Raises UserError if that fails."""
-    folder = Path(settings.output_dir)
-    with refusals(f"the model is in {folder}, but could not be uploaded"):
-        files.write_text(folder / "README.md", model_card(settings, repository.repo_id))
-        huggingface_hub.HfApi(token=settings.hub_token).upload_folder(
-            repo_id=repository.repo_id, folder_path=folder, commit_message="End of training", ignore_patterns=[*NOT_UPLOADED]
+def push(settings: Settings) -> huggingface_hub.RepoUrl:
+    """Upload the result of each step, with a model card; returns where it is. Raises UserError if that fails."""
+    folder, repository = Path(settings.output_dir), reserve(settings)
+    patterns = [pattern.format(glob.escape(folder.resolve().name)) for pattern in UPLOADED]
+    patterns += [f"upscaler/{pattern.format('upscaler')}" for pattern in UPLOADED] * bool(settings.upscaler)
+    with refusals(f"the model is in {folder}, but could not be uploaded", "see --hub_token"):
+        api, card = huggingface_hub.HfApi(token=settings.hub_token), model_card(settings, repository.repo_id)
+        api.upload_folder(
+            repo_id=repository.repo_id, folder_path=folder, commit_message="End of training", allow_patterns=patterns
         )
+        api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=repository.repo_id)
+    return repository

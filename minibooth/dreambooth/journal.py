@@ -25,12 +25,17 @@ import torch
 
 from minibooth.checkpoint import files
 from minibooth.checkpoint.lora import DIFFUSERS
-from minibooth.dreambooth.settings import Settings
+from minibooth.dreambooth.settings import WITHOUT_EFFECT, Settings
 from minibooth.errors import UserError
 
 RESULTS = ("model_index.json", DIFFUSERS, "{}.safetensors")  # of which a finished run leaves one; {}: the folder's name
 SAME = "rank", "lora_alpha", "lora_targets", "train_text_encoder", "use_8bit_adam", "full_bf16"  # for a checkpoint's tensors
-TAKEN = ("run.json", "metrics.jsonl", "report.html", "checkpoint-*", "unet", *RESULTS)  # what a run would overwrite
+TAKEN = (  # what a run would overwrite
+    "run.json", "metrics.jsonl", "report.html", "checkpoint-*", "samples/step-*.png", "unet", "vae", "text_encoder*",
+    "tokenizer*", "scheduler", "low_res_scheduler", *RESULTS,
+)  # fmt: skip
+# Settings on which no result depends.
+FREE = {"resume_from_checkpoint", "hub_token", "hub_model_id", "push_to_hub", "checkpoints_total_limit", *WITHOUT_EFFECT}
 
 
 class Journal:
@@ -59,7 +64,7 @@ class Journal:
 
     def repeats(self, run: dict[str, Any]) -> bool:
         """Whether this is the run.json of a run with these settings that came to its end."""
-        free = {"resume_from_checkpoint", "hub_token"} | ({"seed"} if self.settings.seed is None else set())
+        free = FREE | ({"seed"} if self.settings.seed is None else set())
         now = json.loads(json.dumps(dataclasses.asdict(self.settings)))
         told = run.get("settings") or {}
         return bool(told and run.get("finished")) and all(
@@ -86,7 +91,7 @@ class Journal:
             os.close(place)
 
     def open(self, step: int, python: str = "python") -> None:
-        """Write run.json; drop the metrics of steps that will be done again, and what a killed run left half written.
+        """Write run.json; drop metrics and grids of steps that will be done again, and what a killed run left half written.
 
         python: the command that starts the run's processes.
         """
@@ -100,6 +105,10 @@ class Journal:
         self.note(finished=False)
         for unfinished in self.has(*(f".{name}.????????" for name in (*TAKEN, "{}"))):  # what a killed run was writing
             shutil.rmtree(unfinished, ignore_errors=True)
+        for path in self.folder.glob("samples/*.png"):
+            match = re.fullmatch(r"step-(\d+)|before-after", path.stem)
+            if match and (not step or int(match[1] or step + 1) > step):
+                path.unlink()
         metrics = self.folder / "metrics.jsonl"
         lines = metrics.read_text("utf-8", "replace").splitlines() if metrics.exists() else []
         kept = [line for line in lines if step and _step_of(line) <= step]

@@ -12,6 +12,7 @@ import os
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from minibooth.dreambooth.journal import Journal
 from minibooth.dreambooth.settings import Settings
 from minibooth.errors import UserError
 from minibooth.models.blocks import ResnetBlock, Transformer, Upsample
@@ -80,8 +80,8 @@ class Ranks:
         """Tensors that may be sharded, put together for the first rank; all others take part, and get them on meta."""
         return tensors
 
-    def guard(self, journal: Journal) -> AbstractContextManager[None]:
-        """Where another process has ended, raises UserError, naming the last checkpoint."""
+    def guard(self, folder: str) -> AbstractContextManager[None]:
+        """Where another process has ended, raises UserError, naming the last checkpoint in the output folder."""
         return contextlib.nullcontext()
 
 
@@ -111,15 +111,16 @@ class Replicas(Ranks):
         dist.barrier()
 
     @contextlib.contextmanager
-    def guard(self, journal: Journal) -> Iterator[None]:
+    def guard(self, folder: str) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
             if not isinstance(error, dist.DistError) and "gloo" not in str(error):
                 raise
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun is about to end us: not before the message
-            last = [f"{path} is whole" for _, path in journal.checkpoints()] or ["no checkpoint was written yet"]
-            remedy = f"go on with the same command and --resume_from_checkpoint latest ({last[-1]})"
+            found = sorted(Path(folder).glob("**/checkpoint-*/state.json"), key=lambda path: path.stat().st_mtime)
+            last = f"{found[-1].parent} is whole" if found else "no checkpoint was written yet"
+            remedy = f"go on with the same command and --resume_from_checkpoint latest ({last})"
             raise UserError(f"another process of the run has ended: {remedy}; {str(error)[:200]}") from error
 
 

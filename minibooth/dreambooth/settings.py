@@ -164,7 +164,7 @@ class Settings:
         """A line for each flag that was given and has no effect, and one where a command for a LoRA trains all weights."""
         given = self.given()
         known = {f.name: f.metadata for f in dataclasses.fields(self) if f.name in given}
-        said = {name: own["help"] for name, own in known.items() if own["help"].startswith("without effect")}
+        said = {name: own["help"] for name, own in known.items() if name in WITHOUT_EFFECT}
         lacking = {name: own["needs"] for name, own in known.items() if own.get("needs", name) not in given}
         said |= {name: f"without effect: add --{other}" for name, other in lacking.items()}
         copied = not self.rank and any("lora" in own for own in known.values())
@@ -178,3 +178,6 @@ class Settings:
     def steps(self, pictures: int, processes: int) -> int:
         """Training steps, where an epoch is a pass over the larger of the two sets of pictures."""
         return self.max_train_steps or self.num_train_epochs * math.ceil(pictures / self.samples(processes))
+
+
+WITHOUT_EFFECT = frozenset(f.name for f in dataclasses.fields(Settings) if f.metadata["help"].startswith("without effect"))

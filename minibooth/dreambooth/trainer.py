@@ -176,10 +176,12 @@ class Trainer:
                     self.save_checkpoint(done)
                 if stopped and done < self.steps:
                     self.report()
-                    raise KeyboardInterrupt(f"go on with the same command and --resume_from_checkpoint latest (step {done})")
+                    latest = f"go on with the same command and --resume_from_checkpoint latest (step {done})"
+                    raise KeyboardInterrupt(latest, *["SIGTERM"] * (signal.SIGTERM in interrupted))
             self.save()
         if self.ranks.any(interrupted):
-            raise KeyboardInterrupt(f"all {self.steps} steps were done, and {journal.folder} holds the result")
+            whole = f"all {self.steps} steps were done, and {journal.folder} holds the result"
+            raise KeyboardInterrupt(whole, *["SIGTERM"] * (signal.SIGTERM in interrupted))
 
     def step(self, step: int) -> dict[str, float]:
         """One update of the weights. Returns the loss and its two parts, means over the accumulated batches and the ranks."""
