@@ -278,8 +278,10 @@ def test_a_fingerprint_tells_weights_apart():
         shifted("c", 1),
         TENSORS | {"d": torch.zeros(1)},
         {"a.weight": TENSORS["a.weight"]},
+        {"long": torch.zeros(5000)},
+        {"long": torch.zeros(5000).index_fill(0, torch.arange(2500, 5000), 1)},
     ]
     prints = {files.hash_of(tensors) for tensors in (TENSORS, *others)}
-    assert len(prints) == 5
+    assert len(prints) == 7
     reordered = dict(reversed([(name, tensor.clone()) for name, tensor in TENSORS.items()]))
     assert files.hash_of(reordered) == files.hash_of(TENSORS)

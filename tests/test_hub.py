@@ -5,8 +5,10 @@ import shutil
 import pytest
 import single_files
 import torch
+from conftest import write_json
 from hub_standin import ROUTES, Hub, serving
 from huggingface_hub import HfApi, constants
+from safetensors.torch import load_file, save_file
 
 import minibooth
 from minibooth.checkpoint.source import CLIP
@@ -87,6 +89,22 @@ def test_what_lacks_the_variant_is_drawn_as_it_is(hub, sd1, copy_of):
     assert weights == {"unet/diffusion_pytorch_model.non_ema.safetensors", *others}
 
 
+@pytest.mark.parametrize("variant, infix", [(None, ""), ("fp16", ".fp16")])
+def test_weights_in_parts_are_drawn(hub, sd1, copy_of, variant, infix):
+    folder = copy_of(sd1)
+    text = folder / "text_encoder"
+    tensors, places = load_file(text / "model.safetensors"), {}
+    for i in (0, 1):
+        part = {name: tensors[name] for name in sorted(tensors)[i::2]}
+        save_file(part, text / f"model{infix}-0000{i + 1}-of-00002.safetensors")
+        places |= dict.fromkeys(part, f"model{infix}-0000{i + 1}-of-00002.safetensors")
+    write_json(text / f"model.safetensors.index{infix}.json", {"weight_map": places})
+    (text / "model.safetensors").unlink()
+    hub.add("owner/small", folder)
+    drawn = minibooth.load("owner/small", variant=variant).text_encoder.state_dict()
+    assert all(torch.equal(drawn[name], tensors[name]) for name in tensors)
+
+
 def test_what_is_there_in_place_of_the_weights_is_named(hub, sd1, copy_of):
     """A variant alone, or a pickle alone; and neither is drawn."""
     half, pickle = "the variants there are fp16: see --variant", "only a pickle (model.bin)"
@@ -94,11 +112,23 @@ def test_what_is_there_in_place_of_the_weights_is_named(hub, sd1, copy_of):
         folder = copy_of(sd1, suffix)
         for path in [*folder.rglob("*.safetensors")]:
             path.rename(path.with_suffix(suffix))
-        hub.add("owner/small", folder)
+        hub.add("owner/small", folder, branches=("other",))
         with pytest.raises(UserError) as caught:
-            minibooth.load("owner/small")
+            minibooth.load("owner/small", revision="other")
         assert "owner/small/text_encoder" in str(caught.value) and said in str(caught.value)
         assert not [path for path in hub.downloads if path.endswith(("safetensors", "bin"))]
+
+
+def test_what_one_part_lacks_is_named_and_what_all_lack_is_not_drawn(hub, sd1, copy_of):
+    folder = copy_of(sd1)
+    unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    unet.rename(unet.with_suffix(".fp16.safetensors"))
+    hub.add("owner/small", folder)
+    with pytest.raises(UserError, match="owner/small/text_encoder.*the variants there are without a name"):
+        minibooth.load("owner/small", variant="bf16")
+    assert not [path for path in hub.downloads if path.endswith("safetensors")]
+    with pytest.raises(UserError, match="owner/small/unet.*the variants there are fp16"):
+        minibooth.load("owner/small")
 
 
 def test_an_answer_that_is_not_the_hubs_is_told_in_one_line(hub, sd1, monkeypatch):

@@ -17,6 +17,7 @@ from single_files import assert_same_bits, change, file, folder, metadata, state
 import minibooth
 from minibooth.checkpoint.source import SCHEDULE, Source
 from minibooth.errors import UserError
+from minibooth.models.unet import UNet
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
 KINDS = ["sd1", "sd2", "sdxl", "x4"]
@@ -180,6 +181,23 @@ def test_how_a_model_draws_comes_back_from_a_file(kind, path, says, copy_of, tmp
     again = minibooth.load(tmp_path / "x.safetensors", tokenizer=source)
     assert json.loads(again.source.small[path]).items() >= says.items()
     assert np.array_equal(draw(again, kind), draw(pipe, kind))
+
+
+NOISE = dict(
+    num_train_timesteps=500, beta_schedule="linear", beta_start=0.001, beta_end=0.015, trained_betas=[0.1, 0.2],
+    rescale_betas_zero_snr=True,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [SCHEDULE, "low_res_scheduler/scheduler_config.json"])
+def test_a_file_tells_what_is_its_own_of_its_noise(path, monkeypatch, tmp_path):
+    told, source = [], Source.open(folder("x4"))
+    monkeypatch.setattr("minibooth.checkpoint.files.write_weights", lambda *given: told.append(given[-1]))
+    usual = source.json(path)
+    for key, value in NOISE.items():
+        source.small[path] = json.dumps(usual | {key: value}).encode()
+        source.save(tmp_path / "x.safetensors", {})
+        assert json.loads(told[-1][f"minibooth.{path}"])[key] == value
 
 
 def test_an_xls_file_has_the_published_schedule():
@@ -455,10 +473,10 @@ def test_the_24th_layer_of_sd_2_is_kept_but_not_used(tmp_path):
 
 
 def predicting(kind_of_answer, path):
-    """An SD 2 file that does not say what it predicts: its UNet answers with the noise, or with minus a picture."""
+    """An SD 2 file that does not say what it predicts: its UNet answers with most of the noise, or with minus a picture."""
     pipe = minibooth.load(folder("sd2"))
     unet = pipe.unet
-    gain, constant = {"epsilon": (1.0, 0.0), "v_prediction": (0.07, -1.0)}[kind_of_answer]
+    gain, constant = {"epsilon": (0.7, 0.0), "v_prediction": (0.3, -1.0)}[kind_of_answer]
     with torch.no_grad():  # the input goes through twice, once negated, on the last skip: silu(x) - silu(-x) = x
         last = unet.up_blocks[3]
         for parameters in (unet.conv_in, last.resnets[1].conv2, last.resnets[1].conv_shortcut, unet.conv_out):
@@ -479,9 +497,12 @@ def predicting(kind_of_answer, path):
 
 
 @pytest.mark.parametrize("answer", ["epsilon", "v_prediction"])
-def test_a_silent_sd_2_is_measured(answer, tmp_path, capsys):
+def test_a_silent_sd_2_is_measured(answer, tmp_path, capsys, monkeypatch):
     path = predicting(answer, tmp_path / "x.safetensors")
+    asked, forward = [], UNet.forward
+    monkeypatch.setattr(UNet, "forward", lambda self, x, t, context: asked.append(t) or forward(self, x, t, context))
     pipe = minibooth.load(path, tokenizer=folder("sd2"))
+    assert asked == [999]
     assert pipe.scheduler.prediction_type == answer
     said = capsys.readouterr().out
     assert re.fullmatch(rf".*x\.safetensors predicts {answer} \(.*\); --prediction_type .*\n", said)
@@ -502,6 +523,7 @@ def test_a_silent_sd_2_is_measured(answer, tmp_path, capsys):
         ("sdxl", {}, None, "epsilon"),
         ("x4", {}, None, "v_prediction"),
         ("x4", {"prediction_type": "epsilon"}, None, "epsilon"),
+        ("x4", {}, {"modelspec.prediction_type": "epsilon"}, "epsilon"),
     ],
 )
 def test_who_says_it_is_believed(kind, options, metadata, expected, tmp_path, capsys):
@@ -516,8 +538,12 @@ def test_comfyuis_keys_are_believed(tmp_path):
     pipe = minibooth.load(path, tokenizer=folder("sdxl"))
     assert pipe.scheduler.prediction_type == "v_prediction"
     assert pipe.scheduler.alphas_cumprod[-1] == 0
+    assert pipe.scheduler.timestep_spacing == "trailing"
     pipe.save(tmp_path / "again.safetensors")
     assert_same_bits(load_file(tmp_path / "again.safetensors"), load_file(path))
+    pipe.save(tmp_path / "folder")
+    minibooth.load(tmp_path / "folder").save(tmp_path / "new.safetensors")
+    assert load_file(tmp_path / "new.safetensors").keys() == load_file(path).keys()
 
 
 # ---- the vocabulary
@@ -543,13 +569,18 @@ def test_a_vocabulary_that_is_nowhere_is_named(tmp_path):
     shutil.copy(file("sd1"), path)
     said = refusal(path)
     assert "vocab.json and merges.txt" in said and "--tokenizer" in said and "openai/clip-vit-large-patch14" in said
-    assert f"missing in {tmp_path / 'no'} and its folder tokenizer" in refusal(path, tokenizer=tmp_path / "no")
+    for name in ("vocab.json", "merges.txt"):  # of which one is not enough
+        (tmp_path / name).mkdir()
+        shutil.copy(folder("sd1") / "tokenizer" / name, tmp_path / name)
+    for place in ("no", "vocab.json", "merges.txt"):
+        assert f"missing in {tmp_path / place} and its folder tokenizer" in refusal(path, tokenizer=tmp_path / place)
 
 
 def test_a_folder_takes_another_vocabulary_too(tmp_path):
     copy = shutil.copytree(folder("sdxl"), tmp_path / "copy")
     for name in ("tokenizer", "tokenizer_2"):
         (copy / name / "vocab.json").unlink()
+        write_json(copy / name / "added_tokens.json", {"<of the old one>": 10**6})
     assert "vocab.json" in refusal(copy)
     assert ids(minibooth.load(copy, tokenizer=folder("sdxl"))) == ids(minibooth.load(folder("sdxl")))
 
@@ -603,6 +634,8 @@ REFUSED = {
     "a large convolution": ("sd1", shaped(f"{VAE}encoder.mid.attn_1.q.weight", 16, 16, 3, 3), "RuntimeError"),
     "kohya's lora": ("sd1", lambda x: {"lora_unet_mid.lora_down.weight": torch.zeros(1)}, "a LoRA"),
     "diffusers' lora": ("sd1", lambda x: {"unet.mid.to_q.lora_A.weight": torch.zeros(1)}, "a LoRA"),
+    "diffusers' lora of old": ("sd1", lambda x: {"unet.mid.to_q.lora.down.weight": torch.zeros(1)}, "a LoRA"),
+    "a text encoder's loha": ("sd1", lambda x: {"lora_te1_mlp_fc1.hada_w1_a": torch.zeros(1)}, "a LoRA"),
     "another model": ("sd1", lambda x: {"double_blocks.0.img_attn.qkv.weight": torch.zeros(1)}, "begin with double_blocks.0"),
     "nothing": ("sd1", lambda x: {"a": torch.zeros(1)}, "names begin with a"),
 }

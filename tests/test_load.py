@@ -156,7 +156,10 @@ def test_what_diffusers_ema_notes_of_itself_says_nothing_of_the_network(sd1, cop
     assert_equal(states(minibooth.load(folder)), states(minibooth.load(sd1)))
 
 
-@pytest.mark.parametrize("version, size, meant", [("0.6.0", 32, 64), ("0.6.0", 96, 96), ("0.9.0", 32, 32), (None, 32, 32)])
+SIZES = [("0.6.0", 32, 64), ("0.8.1", 32, 64), ("0.6.0", 96, 96), ("0.6.0", [32, 32], 32), ("0.9.0", 32, 32), (None, 32, 32)]
+
+
+@pytest.mark.parametrize("version, size, meant", SIZES)
 def test_the_first_versions_of_diffusers_wrote_a_wrong_size(sd1, copy_of, version, size, meant):
     """As diffusers' own pipeline reads it (StableDiffusionPipeline.__init__)."""
     folder = copy_of(sd1)
@@ -177,7 +180,9 @@ def test_a_tokenizer_of_one_file_gives_the_same_ids(checkpoint, copy_of):
 def test_the_prediction_type_can_be_overruled(sd1, sd2):
     assert minibooth.load(sd1).scheduler.prediction_type == "epsilon"
     assert minibooth.load(sd2).scheduler.prediction_type == "v_prediction"
-    assert minibooth.load(sd1, prediction_type="v_prediction").scheduler.prediction_type == "v_prediction"
+    overruled = minibooth.load(sd1, prediction_type="v_prediction").scheduler
+    assert overruled.prediction_type == "v_prediction"
+    assert overruled.config == minibooth.load(sd1).scheduler.config | {"prediction_type": "v_prediction"}
 
 
 # ---- what is refused
@@ -241,6 +246,8 @@ BROKEN = {
     "groups": (saying("unet/config.json", norm_num_groups=7), "unet/config.json"),
     "text": (saying("unet/config.json", layers_per_block="two"), "unet/config.json"),
     "prediction": (saying("scheduler/scheduler_config.json", prediction_type="sample"), "prediction_type='sample'"),
+    "old prediction": (saying("scheduler/scheduler_config.json", predict_epsilon=False), "predict_epsilon=False"),
+    "times": (saying("scheduler/scheduler_config.json", timestep_type="continuous"), "timestep_type='continuous'"),
 }
 
 
@@ -268,7 +275,7 @@ MALFORMED = {  # of a folder's small files, keys and what they might say
     "scheduler/scheduler_config.json": {
         "_class_name": (None, 1, [1]), "beta_schedule": ([1], {}), "beta_start": ("x", [1], -0.1, 0, 1.5),
         "beta_end": ("x", -0.1, 1.5), "num_train_timesteps": ("x", 0, -1, 1.5),
-        "trained_betas": ("x", 1, [1], ["x"], {}),
+        "trained_betas": ("x", 1, [1], ["x"], {}, [*[0.001] * 999, 1.5]),
     },
     "tokenizer/tokenizer_config.json": {
         "model_max_length": (None, "x", 2.5, 77.0, [1], 0, 1, -5, 78), "bos_token": (5, [1], {"a": 1}, "none"),
@@ -324,6 +331,12 @@ def test_null_says_what_leaving_out_a_setting_says_where_that_is_nothing(sd1, co
     silent = ("upcast_attention", "addition_time_embed_dim", "projection_class_embeddings_input_dim", "num_class_embeds")
     edit(folder / "unet" / "config.json", **dict.fromkeys(silent))  # as today's diffusers writes them
     assert minibooth.load(folder).unet.config == minibooth.load(sd1).unet.config
+
+
+def test_a_schedule_may_say_what_goes_without_saying(sd1, copy_of):
+    folder = copy_of(sd1)
+    edit(folder / "scheduler" / "scheduler_config.json", predict_epsilon=True, tensor_format="pt", interpolation_type=None)
+    assert torch.equal(minibooth.load(folder).scheduler.alphas_cumprod, minibooth.load(sd1).scheduler.alphas_cumprod)
 
 
 def test_a_vocabulary_of_another_model_is_refused(sd1, copy_of):
@@ -423,12 +436,14 @@ def test_a_crash_in_the_middle_leaves_the_old_folder_whole(sd1, sd2, copy_of, mo
 
 
 def with_safety_checker(folder):
-    """As Stable Diffusion 1 was published."""
+    """As Stable Diffusion 1 was published, and with a part for pictures as prompts."""
     edit(
         folder / "model_index.json",
         safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
         feature_extractor=["transformers", "CLIPImageProcessor"],
+        image_encoder=["transformers", "CLIPVisionModelWithProjection"],
     )
+    write_json(folder / "image_encoder" / "config.json", {"architectures": ["CLIPVisionModelWithProjection"]})
     write_json(folder / "safety_checker" / "config.json", {"_class_name": "StableDiffusionSafetyChecker"})
     save_file({"a": torch.zeros(1)}, folder / "safety_checker" / "model.safetensors")
     write_json(folder / "feature_extractor" / "preprocessor_config.json", {"crop_size": 224, "size": 224})
@@ -459,7 +474,7 @@ def test_a_compiled_network_is_saved_as_what_it_is(sd1, copy_of):
 def test_the_safety_checker_is_left_behind(sd1, copy_of, tmp_path):
     minibooth.load(with_safety_checker(copy_of(sd1))).save(tmp_path / "saved")
     index = json.loads((tmp_path / "saved" / "model_index.json").read_text())
-    assert index["safety_checker"] == [None, None]
+    assert index["safety_checker"] == index["image_encoder"] == [None, None]
     assert index["feature_extractor"] == ["transformers", "CLIPImageProcessor"]
     assert content(tmp_path / "saved").keys() == {*content(sd1), "feature_extractor/preprocessor_config.json"}
 

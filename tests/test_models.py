@@ -10,8 +10,9 @@ from conftest import SD2, TEXT_ENCODER, UNET, VAE_CONFIG, randomise
 
 import minibooth
 from minibooth.errors import UserError
+from minibooth.models import ops
 from minibooth.models.clip import CLIPText
-from minibooth.models.config import CLIPTextConfig, UNetConfig, VAEConfig, VisionConfig, ViTConfig
+from minibooth.models.config import CLIPConfig, CLIPTextConfig, UNetConfig, VAEConfig, VisionConfig, ViTConfig
 from minibooth.models.unet import UNet
 from minibooth.models.vae import VAE, Posterior
 
@@ -162,6 +163,14 @@ def test_half_precision_changes_little_and_keeps_the_dtype():
     assert error(half.float(), expected) < 0.05
 
 
+def test_attention_is_in_fp32_where_the_configuration_says_so(checkpoint, ours, context, monkeypatch):
+    asked, attention = [], ops.attention
+    monkeypatch.setattr(ops, "attention", lambda *given, upcast: asked.append(upcast) or attention(*given, upcast=upcast))
+    with torch.no_grad():
+        ours.unet(normals(1, 4, 8, 8), 500, context[:1])
+    assert {*asked} == {checkpoint.name == "sd2"}
+
+
 # ---- configurations
 
 UNSUPPORTED = [
@@ -224,6 +233,11 @@ def test_what_a_file_leaves_out_is_what_the_class_that_wrote_it_means(config):
     for field in dataclasses.fields(config):
         if usual[field.name] is not None:  # a model that was published says it
             assert field.default == usual[field.name], field.name
+
+
+def test_a_whole_clip_model_that_says_nothing_is_transformers_own():
+    theirs = pytest.importorskip("transformers").CLIPConfig()
+    assert CLIPConfig.from_dict({}) == CLIPConfig.from_dict(theirs.to_dict())
 
 
 @pytest.mark.parametrize("said, heads", [(4, [4, 4, 4]), ([1, 2, 4, 4], [1, 2, 4])])

@@ -202,6 +202,20 @@ def test_calls_counts_predictions_and_what_is_yielded(name, steps):
     assert torch.equal(x, start)  # the caller's noise is left alone
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_sample_is_computed_in_the_dtype_of_its_noise_whatever_the_networks(name, dtype):
+    def run(predicted):
+        def predict(x, t):
+            return torch.tanh(x).bfloat16().to(predicted)
+
+        return sample(predict, x, scheduler, 10, name, generator(0), **STOCHASTIC.get(name, {}))
+
+    scheduler, x = DDPMScheduler.from_config(config()), normals(2, 4, 4, 4).to(dtype)
+    assert run(torch.bfloat16).dtype == dtype
+    assert torch.equal(run(torch.bfloat16), run(torch.float64))
+
+
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_any_number_of_steps_is_finite(name, spacing):

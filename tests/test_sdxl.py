@@ -72,13 +72,16 @@ def test_without_a_negative_prompt_guidance_leads_away_from_zeros(ours, theirs):
 
 
 @torch.no_grad()
-def test_no_zeros_where_the_folder_says_so(sdxl, copy_of):
+def test_no_zeros_where_the_folder_says_so_and_only_there(sdxl, copy_of):
     folder = copy_of(sdxl)
     index = json.loads((folder / "model_index.json").read_text()) | {"force_zeros_for_empty_prompt": False}
     (folder / "model_index.json").write_text(json.dumps(index))
     pipe = minibooth.load(folder)
     mine, encoded = pipe.unconditional(None), pipe.encode_prompts([""])
     assert all(torch.equal(a, b) for a, b in zip(mine, encoded, strict=True))
+    del index["force_zeros_for_empty_prompt"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert not any(x.any() for x in minibooth.load(folder).unconditional(None)[:2])
 
 
 @pytest.mark.parametrize("height, width", [(8, 8), (12, 20)])
@@ -200,6 +203,16 @@ def test_in_fp16_a_vae_that_overflows_stays_in_fp32(sdxl, copy_of, tmp_path, few
     assert {p.dtype for p in run.pipe.vae.parameters()} == {torch.float32}
     assert np.isfinite(metrics(tmp_path / "output")[0]["loss"])
     assert not minibooth.load(model, dtype=torch.float16).vae.half().decode(torch.zeros(1, 4, 8, 8).half()).isfinite().all()
+
+
+def test_in_fp16_the_vae_is_what_its_configuration_says(sdxl, copy_of):
+    folder = copy_of(sdxl)
+    path = folder / "vae" / "config.json"
+    for overflows, dtype in ((True, torch.float32), (False, torch.float16)):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"force_upcast": overflows}))
+        pipe = minibooth.load(folder, dtype=torch.float16)
+        assert {x.dtype for x in pipe.vae.parameters()} == {dtype}
+        assert pipe.dtype == torch.float16
 
 
 def test_recomputing_block_by_block_changes_no_bit(sdxl, tmp_path):

@@ -102,11 +102,15 @@ def test_a_picture_does_not_depend_on_what_is_drawn_beside_it(ours, sampler):
     assert difference(together[:1], together[1:2]) > 20
 
 
-def test_the_size_is_the_models_own_unless_it_is_given(sd1, sd2, pipe):
+def test_the_size_is_the_models_own_unless_it_is_given(sd1, sd2, pipe, copy_of):
     assert pipe.generate("a dog", steps=1)[0].size == (64, 64)
     assert minibooth.load(sd2).generate("a dog", steps=1)[0].size == (96, 96)
     assert pipe.generate("a dog", height=32, width=48, steps=1)[0].size == (48, 32)
     assert pipe.generate("a dog", height=32, steps=1)[0].size == (64, 32)
+    wide = copy_of(sd1)
+    path = wide / "unet" / "config.json"
+    write_json(path, json.loads(path.read_text()) | {"sample_size": [4, 6]})
+    assert minibooth.load(wide).generate("a dog", steps=1)[0].size == (48, 32)
 
 
 @pytest.mark.parametrize("size", [{"height": 60}, {"width": 4}, {"width": -8}, {"height": 64.5}])
@@ -139,6 +143,12 @@ def test_what_does_not_go_together_is_refused(pipe, options, reason):
 
 def test_a_string_is_one_prompt(pipe):
     assert torch.equal(pipe.encode_prompts("a cat"), pipe.encode_prompts(["a cat"]))
+
+
+def test_noise_of_any_precision_is_taken_away_in_fp32(pipe):
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    drawn = (pipe.generate("a dog", steps=4, latents=latents) for latents in (noise, noise.float()))
+    assert difference(*drawn) == 0
 
 
 def test_the_last_seed_there_is(pipe):
