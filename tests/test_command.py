@@ -87,6 +87,17 @@ def test_sigterm_cleans_up_as_ctrl_c_does(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_signal_that_is_ignored_stays_ignored():
+    """So that a script's background job outlives the Ctrl-C that ends the script."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before = signal.signal(number, signal.SIG_IGN)
+        try:
+            command.ready_process()
+            assert signal.getsignal(number) == signal.SIG_IGN
+        finally:
+            signal.signal(number, before)
+
+
 TALK = """
 from tqdm import tqdm
 from minibooth import command

@@ -57,9 +57,12 @@ BROKEN = {
     "text.png": b"not a picture",
     "zeroed.png": encoded(noise(64, 64))[:60] + bytes(3000),
     "phone.HEIC": b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic" + bytes(100),
+    "phone.heif": b"\x00\x00\x00\x18ftypmif1\x00\x00\x00\x00mif1heic" + bytes(100),
+    "phone.jxl": b"\xff\x0a" + bytes(100),
     "camera.nef": encoded(noise(16, 12), "TIFF"),
     "range.tif": encoded(Image.fromarray(np.full((4, 4), 0.5, np.float32)), "TIFF"),
     "signed.tif": encoded(Image.fromarray(np.full((4, 4), -5, np.int32)), "TIFF"),
+    "deep.tif": encoded(Image.fromarray(np.full((4, 4), 10**6, np.int32)), "TIFF"),
 }
 
 
@@ -207,7 +210,9 @@ def test_a_square_has_the_resolution_and_says_where_it_was(size, center):
     assert torch.equal(got.pixels, whole[:, top : top + 64, left : left + 64])
 
 
-@pytest.mark.parametrize("size, corner", [((300, 100), (0, 64)), ((100, 300), (64, 0)), ((100, 100), (0, 0))])
+@pytest.mark.parametrize(
+    "size, corner", [((300, 100), (0, 64)), ((100, 300), (64, 0)), ((100, 100), (0, 0)), ((67, 64), (0, 2)), ((64, 67), (2, 0))]
+)
 def test_the_centre_is_in_the_middle(size, corner):
     assert crop(noise(*size), 64, True, False, generator()).top_left == corner
 

@@ -218,7 +218,7 @@ def test_no_picture_depends_on_how_many_are_drawn_at_a_time(kit, whole, tmp_path
 
 def other_weights(copy_of) -> Path:
     folder = copy_of(tiny())
-    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
     save_file({name: 1.1 * x for name, x in load_file(path).items()}, path)
     return folder
 
@@ -325,17 +325,20 @@ def test_models_of_other_programs(kit, tmp_path):
     ],
 )
 def test_the_words_are_those_of_the_instance_prompt(tmp_path, instance, of_class, words):
+    """Of the LoRA's, where there is one on a model that was trained before."""
     said = {"instance_prompt": instance, "class_prompt": of_class, "instance_data_dir": "spot"}
     write_json(tmp_path / "run.json", {"settings": said})
-    for place in (tmp_path, tmp_path / "model.safetensors"):
-        flags = evaluate.parser().parse_args(["--model", str(place)])
+    write_json(tmp_path / "below" / "run.json", {"settings": said | {"instance_prompt": "a olis cat", "class_prompt": "a cat"}})
+    for places in (["{}"], ["{}/model.safetensors"], ["{}/below", "--lora", "{}"], ["{}/below", "--lora", "{}/x.safetensors"]):
+        places = ["--model", *(place.format(tmp_path) for place in places)]
+        flags = evaluate.parser().parse_args(places)
         if words is None:
             with pytest.raises(minibooth.errors.UserError, match="--class_noun is missing"):
                 evaluate.complete(flags)
             continue
         evaluate.complete(flags)
         assert (flags.identifier, flags.class_noun) == words and flags.images == "spot"
-        flags = evaluate.parser().parse_args(["--model", str(place), "--identifier", "a", "--class_noun", "b", "--images", "c"])
+        flags = evaluate.parser().parse_args([*places, "--identifier", "a", "--class_noun", "b", "--images", "c"])
         evaluate.complete(flags)
         assert (flags.identifier, flags.class_noun, flags.images) == ("a", "b", Path("c"))
         if of_class:  # which shows the identifier, whatever the noun is to be
@@ -356,7 +359,17 @@ def test_pictures_too_small_for_lpips_are_refused_before_they_are_drawn(kit, tmp
     assert not [*tmp_path.rglob("*.png")]
 
 
-@pytest.mark.parametrize("settings", [None, [], {"instance_prompt": 5, "class_prompt": ["a"], "resolution": "64"}])
+def test_a_class_noun_that_is_given_shows_the_identifier(tmp_path):
+    write_json(tmp_path / "run.json", {"settings": {"instance_prompt": "a photo of zwx dog", "instance_data_dir": "spot"}})
+    flags = evaluate.parser().parse_args(["--model", str(tmp_path), "--class_noun", "dog"])
+    evaluate.complete(flags)
+    assert flags.identifier == "zwx"
+    flags = evaluate.parser().parse_args(["--model", str(tmp_path), "--class_noun", "cat"])
+    with pytest.raises(minibooth.errors.UserError, match="--identifier is missing.*a photo of zwx dog"):
+        evaluate.complete(flags)
+
+
+@pytest.mark.parametrize("settings", [None, ["a dog"], {"instance_prompt": 5, "class_prompt": ["a"], "resolution": "64"}])
 def test_a_run_json_that_makes_no_sense_says_nothing(tmp_path, settings):
     write_json(tmp_path / "run.json", {"settings": settings})
     flags = evaluate.parser().parse_args(["--model", str(tmp_path), "--images", "c"])
@@ -371,10 +384,13 @@ def test_the_embedded_model_has_its_own_encoder(tmp_path, monkeypatch, there):
     monkeypatch.setitem(evaluate.TINY_EYES, "clip", str(tmp_path / "tiny-clip"))
     if there:
         (tmp_path / "tiny-clip").mkdir()
-    write_json(tmp_path / "trained" / "run.json", {"settings": {"pretrained_model_name_or_path": str(tmp_path / "tiny")}})
-    for model, own in ((tmp_path / "tiny", there), (tmp_path / "trained", there), ("owner/name", False)):
-        flags = evaluate.parser().parse_args(["--model", str(model), "--class_noun", "robot", "--images", "x"])
+    monkeypatch.chdir(tmp_path)
+    trained = tmp_path / "output" / "trained"
+    write_json(trained / "run.json", {"settings": {"pretrained_model_name_or_path": str(tmp_path / "tiny")}})
+    for model, own in ((tmp_path / "tiny", there), ("tiny", there), (trained, there), ("owner/name", False)):
+        flags = evaluate.parser().parse_args(["--model", str(model), "--class_noun", "robot", "--images", "."])
         evaluate.complete(flags)
+        assert flags.subject == tmp_path.name
         assert (flags.clip, flags.dino) == tuple((evaluate.TINY_EYES if own else evaluate.PUBLISHED).values())
 
 
@@ -385,12 +401,17 @@ def test_the_embedded_model_is_measured_on_what_its_world_has():
     found, tokenizer = evaluate.prompts(flags), minibooth.load(flags.model).tokenizer
     assert len(set(found)) == 25 and "a photo of a zwx robot on the moon" in found
     assert all([*map("{}</w>".format, prompt.split())] == tokenizer.tokens(prompt) for prompt in found)
+    flags = evaluate.parser().parse_args(["--live", "--resolution", "32"])
+    evaluate.complete(flags)
+    assert "a zwx robot wearing a bow tie" in evaluate.prompts(flags) and flags.resolution == 32
 
 
 def test_other_encoders_than_the_papers_do_not_stand_beside_its_figures(kit, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(evaluate.TINY_EYES, "clip", str(kit.clip))
     kit.run(tmp_path, "--dino", "none")
     assert "paper" not in capsys.readouterr().out
+    kit.run(tmp_path, "--clip", "none", "--subject", "another")
+    assert "paper" in capsys.readouterr().out
 
 
 # ---- the table
@@ -407,11 +428,11 @@ def test_the_table_has_every_subject_their_mean_and_the_paper(kit, tmp_path, cap
     assert [line.split()[-5:] for line in paper] == [["0.668", "0.803", "0.305", "-", "-"]]
     assert lines[-1] == str(tmp_path / "spot" / "results.json")
 
-    second = kit.run(tmp_path, "--subject", "another", "--live")
+    second = kit.run(tmp_path, "--subject", "the other", "--live", "--lpips", "none")
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(",")[0] for line in lines[1:3]] == ["another", "spot"] and lines[3].startswith("mean of 2 subjects")
-    means = [(first["figures"][name] + second["figures"][name]) / 2 for name in evaluate.COLUMNS]
-    assert lines[3].split()[-5:] == [f"{value:.3f}" for value in means]
+    assert [line.split(",")[0] for line in lines[1:3]] == ["spot", "the other"] and lines[3].startswith("mean of 2 subjects")
+    means = [(first["figures"][name] + second["figures"][name]) / 2 for name in evaluate.COLUMNS[:-1]]
+    assert lines[3].split()[-5:] == [*(f"{value:.3f}" for value in means), "-"]
 
 
 DAMAGED = [
@@ -465,7 +486,7 @@ def test_what_a_model_does_not_say_is_asked_for(kit, tmp_path, capsys):
 
 
 def test_a_file_without_prompts_is_refused(kit, tmp_path, capsys):
-    (tmp_path / "mine.txt").write_text("a {0} {1} in the snow")
+    (tmp_path / "mine.txt").write_text("a {0} {1} en la montaña", "latin-1")
     (tmp_path / "things.txt").write_text(PUBLISHED.partition("Live")[0])
     usual = ["--model", tiny(), *kit.subject, *kit.encoders]
     assert "mine.txt has no prompts" in failure([*usual, "--prompts", tmp_path / "mine.txt"], capsys)

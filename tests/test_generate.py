@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from PIL import Image
 from small_run import photographs
 
 from minibooth import __main__, command, drawing, evaluate, generate, upscale
+from minibooth.diffusion.samplers import SAMPLERS
+from minibooth.diffusion.text_to_image import StableDiffusion
 from minibooth.errors import UserError
 
 
@@ -18,10 +21,10 @@ def draw(sd1, tmp_path, capsys):
     """draw(flag, ...): runs the command on a small model and returns the names of all files in its folder."""
 
     def run(*argv):
+        before = {*tmp_path.glob("out/*")}
         generate.main(["--model", str(sd1), "--output_dir", str(tmp_path / "out"), "--steps", "1", *argv])
         files = sorted((tmp_path / "out").iterdir())
-        printed = capsys.readouterr().out.split()
-        assert set(printed) <= {str(path) for path in files}
+        assert capsys.readouterr().out.split() == [str(path) for path in files if path not in before]
         return [path.name for path in files]
 
     return run
@@ -80,6 +83,7 @@ def test_a_picture_says_what_it_takes_to_draw_it_again(draw, sd1, tmp_path):
     draw(*(word for key, value in said.items() for word in (f"--{key}", value)))
     assert same(tmp_path / "out" / "0003.png", tmp_path / "out" / "0004.png")
     assert not same(tmp_path / "out" / "0002.png", tmp_path / "out" / "0003.png")
+    assert drawing.A1111.keys() == SAMPLERS.keys()
 
 
 @pytest.mark.parametrize("prompts, count, cells", [(["a"], 1, (1, 1)), (["a"], 4, (2, 2)), (["a", "b", "c"], 2, (2, 3))])
@@ -88,13 +92,16 @@ def test_the_grid_has_a_row_for_each_prompt(draw, tmp_path, prompts, count, cell
     assert len(names) == len(prompts) * count + 1
     with Image.open(tmp_path / "out" / "grid-0000.png") as grid:
         assert (grid.width // 24, grid.height // 16) == cells
-    assert text(tmp_path / "out" / "grid-0000.png")["prompt"] == "\n".join(prompts)
+    said = text(tmp_path / "out" / "grid-0000.png")
+    assert said["prompt"] == "\n".join(prompts) and said["parameters"].startswith(said["prompt"] + "\nSteps: 1, ")
 
 
 def test_without_a_seed_each_run_draws_something_else(draw, tmp_path):
     draw("--prompt", "a dog")
     draw("--prompt", "a dog")
     assert text(tmp_path / "out" / "0000.png")["seed"] != text(tmp_path / "out" / "0001.png")["seed"]
+    draw("--prompt", "a dog", "--seed", "0")
+    assert text(tmp_path / "out" / "0002.png")["seed"] == "0"
 
 
 def test_who_draws_into_a_folder_at_the_same_time_takes_another_name(tmp_path, monkeypatch, capsys):
@@ -107,12 +114,13 @@ def test_who_draws_into_a_folder_at_the_same_time_takes_another_name(tmp_path, m
     assert sorted(Image.open(tmp_path / name).getpixel((0, 0))[0] for name in names) == [*range(24)]
 
 
-def test_a_picture_that_cannot_be_written_leaves_no_empty_one(tmp_path, monkeypatch):
-    def full(picture, path, metadata):
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_picture_that_cannot_be_written_leaves_no_empty_one(tmp_path, monkeypatch, error):
+    def fail(picture, path, metadata):
+        raise error
 
-    monkeypatch.setattr(drawing, "save_png", full)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(drawing, "save_png", fail)
+    with pytest.raises(type(error)):
         drawing.save(Image.new("RGB", (8, 8)), tmp_path, "", {})
     assert not list(tmp_path.iterdir())
 
@@ -152,7 +160,7 @@ def test_a_mistake_ends_with_one_line_and_status_2(sd1, tmp_path, capsys, argv, 
 
 
 @pytest.mark.parametrize("main", [generate.main, upscale.main, evaluate.main], ids=lambda main: main.__module__)
-@pytest.mark.parametrize("output", ["file", "file/x", "loop", "x" * 300])
+@pytest.mark.parametrize("output", ["file", "file/x", "loop", "x" * 300, "/proc"])
 def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_read(main, output, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(drawing, "load", None)
     photographs(tmp_path / "spot")
@@ -192,6 +200,7 @@ def test_a_run_ends_as_a_process_should(capsys):
         (MemoryError(), 2, "not enough memory: take a smaller size or batch"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), 2, "smaller size or batch; CUDA out of memory. Tried"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "DefaultCPUAllocator: can't allocate memory"),
+        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), 2, "smaller size or batch; CUBLAS_STATUS_ALLOC_FAILED"),
     ]
     for error, status, line in ends:
         with pytest.raises(SystemExit) as end:
@@ -205,6 +214,19 @@ def test_a_run_ends_as_a_process_should(capsys):
     with pytest.raises(SystemExit) as end:
         command.run(lambda argv: None, ["/a/train.py"])
     assert not end.value.code
+
+
+@pytest.mark.parametrize("device, words, dtype", [
+    ("cuda", [], torch.float16), ("cpu", [], torch.float32), ("cuda", ["--dtype", "bf16"], torch.bfloat16),
+])  # fmt: skip
+def test_a_model_is_read_as_the_flags_say_and_on_a_gpu_in_half_precision(tmp_path, monkeypatch, device, words, dtype):
+    monkeypatch.setattr(command, "device", lambda name: torch.device(device))
+    monkeypatch.setattr(drawing, "load", lambda *given, **how: SimpleNamespace(given=given, how=how, networks={}, sampler=""))
+    said = {"tokenizer": "t", "prediction_type": "v_prediction", "revision": "r"}
+    words = [*words, "--prompt", "a", "--model", "x", "--output_dir", str(tmp_path), "--variant", "ema"]
+    flags = generate.parser().parse_args(words + [word for name, value in said.items() for word in (f"--{name}", value)])
+    pipe = drawing.open_model(flags, StableDiffusion)
+    assert pipe.given == ("x", dtype, torch.device(device), "ema") and pipe.how == said | {"wanted": StableDiffusion}
 
 
 def test_flags_are_alike_in_either_spelling_and_values_stay():

@@ -7,7 +7,8 @@ import torch
 from conftest import vocabulary
 
 from minibooth import command, identifiers
-from minibooth.dreambooth.identifier import RARE, doubts, rare_words
+from minibooth.dreambooth import identifier
+from minibooth.dreambooth.identifier import doubts, named, rare_words
 from minibooth.models.tokenizer import Tokenizer
 
 WORDS = ["photo", "of", "dog", "cat", "sks", "zwx", "olis", "q", "longer", "qiv"]  # merged in this order
@@ -28,20 +29,29 @@ def tokenizer():
     return Tokenizer.from_files({"vocab.json": numbers, "merges.txt": "\n".join(dict.fromkeys(merges)).encode()})
 
 
-def test_rare_words_are_short_late_single_tokens_and_the_least_moved_come_first(tokenizer):
+def test_rare_words_are_short_late_single_tokens_and_the_least_moved_come_first(tokenizer, monkeypatch):
     vocab = tokenizer.backend.get_vocab()
-    embeddings = torch.zeros(len(vocab), 4)
-    embeddings[:, 0] = torch.linspace(-1, 1, len(vocab))
-    found = rare_words(tokenizer, embeddings)
-    expected = {word for word in ("zwx", "olis", "qiv", "cat", "dog") if vocab[word + "</w>"] > RARE * len(vocab)}
-    assert {each.word for each in found} == expected and {"zwx", "olis", "qiv"} <= expected
-    assert [each.moved for each in found] == sorted(each.moved for each in found)
+    monkeypatch.setattr(identifier, "RARE", (vocab["cat</w>"] + 0.5) / len(vocab))
+    x = 4 - torch.linspace(0, 2, len(vocab)) ** 2
+    found = rare_words(tokenizer, torch.stack([x, torch.ones(len(vocab))], dim=1))
+    assert [each.word for each in found] == ["zwx", "olis", "qiv"]
+    moved = (x - x.mean()).abs() / (x - x.mean()).abs().quantile(0.5)
+    assert [each.moved for each in found] == pytest.approx([moved[each.token].item() for each in found], rel=0.01)
     assert all(vocab[f"{each.word}</w>"] == each.token for each in found)
 
 
 @pytest.mark.parametrize(
     "word, complaint",
-    [("zwx", None), ("sks", "a rifle"), ("xqzjk", "5 tokens"), ("a", None), ("dog", None)],
+    [
+        ("zwx", None),
+        ("qq", None),
+        ("qqq", "3 tokens (q q q</w>)"),
+        ("sks", "a rifle"),
+        ("SKS", "a rifle"),
+        ("xqzjk", "5 tokens"),
+        ("a", None),
+        ("dog", None),
+    ],
 )
 def test_doubts_are_about_the_identifier_alone(tokenizer, word, complaint):
     found = list(doubts(tokenizer, f"a photo of {word} dog", "a photo of dog"))
@@ -49,8 +59,26 @@ def test_doubts_are_about_the_identifier_alone(tokenizer, word, complaint):
     assert complaint is None or complaint in found[0]
 
 
+@pytest.mark.parametrize(
+    "prompts",
+    [(f"{word} zwx dog", "dog") for word in ("a", "an", "the", "of", "my", "this")]
+    + [(f"zwx dog {word} snow", f"dog {word} snow") for word in ["in", "on", "at", "by", "with", "wearing", "near", "under"]]
+    + [(f"zwx dog{mark}", "dog") for mark in ".,;:!?"]
+    + [("photo zwx dog", "photo dog"), ("A zwx Dog in snow", "a dog IN snow")],
+    ids=" / ".join,
+)
+def test_the_words_around_an_identifier_and_its_noun_are_none_of_them(prompts):
+    found, noun = named(*prompts)
+    assert (found, noun.lower()) == ("zwx", "dog")
+
+
+def test_names_are_spelled_as_the_prompts_do():
+    assert named("a photo of Zwx teddy bear", "a Teddy Bear") == ("Zwx", "Teddy Bear")
+
+
 def test_what_is_no_identifier_is_not_doubted(tokenizer):
     assert [*doubts(tokenizer, "a photo of zwx dog", "dog")] == [*doubts(tokenizer, "a dog", "a dog")] == []
+    assert [*doubts(tokenizer, "a photo of sks, a dog", "a dog")] == []
 
 
 def test_a_common_word_is_doubted(tokenizer):

@@ -34,10 +34,10 @@ def test_black_and_white_are_the_ends_of_the_range():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_level_is_the_nearest_one_and_stays_in_range(dtype):
-    """-1.5 and 7 lie outside; 0.0039 is just under half a level above the middle, 127.5."""
-    row = torch.tensor([-1.5, -1.0, 0.0039, 1.0, 7.0], dtype=dtype, requires_grad=True)
-    picture = images.to_image(row.expand(3, 1, 5))
-    assert [picture.getpixel((i, 0)) for i in range(5)] == [(level,) * 3 for level in (0, 0, 128, 255, 255)]
+    """-1.5 and 7 lie outside; 0.0039 is just under half a level above the middle, 127.5; 1.0115 is no number of bfloat16."""
+    row = torch.tensor([-1.5, -1.0, 0.0039, 0.0115, 1.0, 7.0], dtype=dtype, requires_grad=True)
+    picture = images.to_image(row.expand(3, 1, 6))
+    assert [picture.getpixel((i, 0)) for i in range(6)] == [(level,) * 3 for level in (0, 0, 128, 129, 255, 255)]
 
 
 @pytest.mark.parametrize("count, columns, cells", [(1, 4, (1, 1)), (4, 4, (4, 1)), (5, 2, (2, 3)), (6, 3, (3, 2))])
@@ -51,6 +51,10 @@ def test_a_grid_shows_every_picture_in_reading_order(count, columns, cells):
         assert sheet.crop((x, y, x + 12, y + 10)).tobytes() == picture.tobytes()
     if count == 5:
         assert sheet.getpixel((sheet.width - 1, sheet.height - 1)) == (255, 255, 255)
+
+
+def test_a_cell_is_as_large_as_the_largest_picture():
+    assert images.grid([noise(10, 12), noise(20, 6)], 2).size == (12 + images.GAP + 12, 20)
 
 
 def test_a_png_holds_the_picture_and_its_texts(tmp_path):

@@ -52,3 +52,4 @@ def test_half_precision_is_measured_in_full():
     draw = torch.randn((4, 300), generator=torch.Generator().manual_seed(0)).bfloat16()
     assert likeness(draw, draw) == pytest.approx(likeness(draw.float(), draw.float()), abs=1e-7)
     assert agreement(draw, draw) == pytest.approx(1, abs=1e-6)
+    assert agreement(draw[:2], draw[2:]) == pytest.approx(agreement(draw[:2].float(), draw[2:].float()), abs=1e-7)

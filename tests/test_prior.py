@@ -103,8 +103,8 @@ def test_more_of_them_are_added(preserving, tmp_path):
     assert {name: after[name] for name in before if name.endswith("png")} == {n: before[n] for n in before if n.endswith("png")}
 
 
-def test_an_interrupted_run_continues(preserving, tmp_path, monkeypatch):
-    """Ctrl-C while the fourth is saved; what is there then are whole pictures, and they stay."""
+def test_an_interrupted_run_continues(preserving, tmp_path, monkeypatch, capsys):
+    """Ctrl-C while the fourth is saved; what is there then are whole pictures, and they stay, silently."""
     whole = draw(preserving(class_data_dir=str(tmp_path / "whole")))
     save_png, saved = prior.save_png, []
 
@@ -117,10 +117,11 @@ def test_an_interrupted_run_continues(preserving, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(prior, "save_png", interrupted)
         draw(preserving())
+    (tmp_path / "class" / "drawn-before").mkdir()
     before = states(tmp_path / "class")
     assert len([name for name in before if name.endswith(".png")]) == 3
     again = draw(preserving())
-    assert list(again.missing) == [3, 4, 5]
+    assert list(again.missing) == [3, 4, 5] and capsys.readouterr().out == ""
     after = states(tmp_path / "class")
     assert all(after[name] == before[name] for name in before if name.endswith(".png"))
     assert same_pictures(again, whole)

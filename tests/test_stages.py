@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from small_run import metrics, only, photographs, run, same_bits, small, tiny, train, trainer, weights, with_class
 
+import minibooth
 from minibooth.diffusion.images import to_tensor
 from minibooth.dreambooth import stages
 from minibooth.errors import UserError
@@ -32,9 +33,9 @@ def test_the_checkpoint_says_which_step_it_is(settings, tmp_path):
         trainer(small(tmp_path, stage="super_resolution"))
 
 
-@pytest.mark.parametrize("flip", [False, True])
-def test_a_pair_is_a_crop_at_full_detail_and_the_same_shrunk(flip, settings):
-    job = trainer(settings(random_flip=flip, crops_per_image=20))
+@pytest.mark.parametrize("flip, filter", [(False, "lanczos"), (True, "nearest")])
+def test_a_pair_is_a_crop_at_full_detail_and_the_same_shrunk(flip, filter, settings):
+    job = trainer(settings(random_flip=flip, image_interpolation_mode=filter, crops_per_image=20))
     whole = [to_tensor(Image.open(path)) for path in job.sets[0].pictures]
     corners = set()
     for number in range(20):
@@ -48,7 +49,7 @@ def test_a_pair_is_a_crop_at_full_detail_and_the_same_shrunk(flip, settings):
         (corner,) = (where for where, view in views.items() if torch.equal(view, square))
         corners.add(corner)
         levels = ((square + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-        small_one = Image.fromarray(levels).resize((8, 8), Image.Resampling.LANCZOS)
+        small_one = Image.fromarray(levels).resize((8, 8), Image.Resampling[filter.upper()])
         assert torch.equal(low[0], to_tensor(small_one))
     assert len(corners) > 10 and {mirrored for *_, mirrored in corners} == ({False, True} if flip else {False})
 
@@ -108,12 +109,17 @@ def test_a_resumed_run_ends_in_the_same_bits(settings, tmp_path):
     assert metrics(whole) == metrics(tmp_path / "part")
 
 
-def test_grids_show_low_drawn_and_truth_before_and_after(settings, tmp_path):
-    folder = train(settings(validation_prompt="a photo of sks dog", num_validation_images=2))
+def test_grids_show_low_drawn_and_truth_before_and_after(settings, x4, tmp_path):
+    """What is drawn takes the lowest of the levels."""
+    how = dict(validation_prompt="a photo of sks dog", num_validation_images=2, validation_guidance_scale=5.0)
+    folder = train(settings(noise_levels=(70, 90), **how))
     sheet, both = (Image.open(folder / "samples" / f"{name}.png") for name in ("step-0", "before-after"))
     assert sheet.size == (3 * 32 + 2 * 4, 2 * 32 + 4) and both.size == (2 * sheet.width + 4, sheet.height)
     middle = Image.open(photographs(tmp_path / "photographs") / "0.png").crop((8, 4, 40, 36))
     assert np.array_equal(np.asarray(sheet)[:32, 72:], np.asarray(middle))
+    low, how = middle.resize((8, 8), Image.Resampling.LANCZOS), stages.VALIDATION
+    (drawn,) = minibooth.load(x4).generate("a photo of sks dog", low, 70, guidance_scale=5.0, seed=7, **how)
+    assert np.abs(np.asarray(sheet, int)[:32, 36:68] - np.asarray(drawn, int)).max() <= 1
 
 
 def test_both_steps_in_one_command(x4, tmp_path, capsys):

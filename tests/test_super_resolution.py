@@ -152,7 +152,7 @@ def test_names_that_other_programs_may_rely_on(ours):
 # ---- tiles
 
 
-@pytest.mark.parametrize("length, tile", [(1, 8), (8, 8), (9, 8), (64, 16), (100, 17), (513, 256)])
+@pytest.mark.parametrize("length, tile", [(1, 8), (8, 8), (9, 8), (45, 16), (64, 16), (100, 17), (513, 256)])
 @pytest.mark.parametrize("factor", [1, 4])
 def test_the_weights_of_tiles_sum_to_one(length, tile, factor):
     total, end = torch.zeros(factor * length), 0
@@ -280,12 +280,14 @@ def test_what_lacks_a_part_is_named(x4, copy_of, edit, reason):
         minibooth.load(folder)
 
 
-def test_an_old_vae_that_does_not_say_its_scale(x4, copy_of):
+def test_what_an_old_folder_does_not_say_is_the_published_models(x4, copy_of):
     folder = copy_of(x4)
-    config = json.loads((folder / "vae" / "config.json").read_text())
-    del config["scaling_factor"]
-    (folder / "vae" / "config.json").write_text(json.dumps(config))
-    assert minibooth.load(folder).vae.scaling_factor == 0.08333
+    for name, key in (("vae/config.json", "scaling_factor"), ("model_index.json", "max_noise_level")):
+        config = json.loads((folder / name).read_text())
+        del config[key]
+        (folder / name).write_text(json.dumps(config))
+    pipe = minibooth.load(folder)
+    assert (pipe.vae.scaling_factor, pipe.max_noise_level) == (0.08333, 350)
 
 
 # ---- files
@@ -343,17 +345,17 @@ def text(path):
 
 def test_files_and_folders_are_enlarged_and_nothing_is_overwritten(enlarge, tmp_path):
     (tmp_path / "some").mkdir()
-    for i, (name, size) in enumerate({"some/b.png": (9, 7), "some/a (1).png": (8, 8), "c.jpg": (6, 10)}.items()):
+    for i, (name, size) in enumerate({"some/b.png": (9, 7), "some/a (1.png": (8, 8), "c.jpg": (6, 10)}.items()):
         picture(*size, seed=i).save(tmp_path / name)
     (tmp_path / "some" / "notes.txt").write_text("no picture")
-    names = enlarge("--images", tmp_path / "some", tmp_path / "c.jpg", "--prompt", "a dog", "a cat", "a bird", "--seed", 5)
-    assert names == ["a (1)-0000.png", "b-0000.png", "c-0000.png"]
+    names = enlarge("--images", tmp_path / "c.jpg", tmp_path / "some", "--prompt", "a dog", "a cat", "a bird", "--seed", 5)
+    assert names == ["a (1-0000.png", "b-0000.png", "c-0000.png"]
     before = (tmp_path / "out" / "c-0000.png").read_bytes()
-    assert enlarge("--images", tmp_path / "c.jpg") == ["a (1)-0000.png", "b-0000.png", "c-0000.png", "c-0001.png"]
+    assert enlarge("--images", tmp_path / "c.jpg") == ["a (1-0000.png", "b-0000.png", "c-0000.png", "c-0001.png"]
     assert (tmp_path / "out" / "c-0000.png").read_bytes() == before
     size, said = text(tmp_path / "out" / "b-0000.png")
     assert size == (36, 28)
-    assert (said["prompt"], said["seed"], said["noise_level"]) == ("a cat", "6", "20")
+    assert (said["prompt"], said["seed"], said["noise_level"]) == ("a bird", "7", "20")
     assert said.pop("parameters").endswith(f"Size: 36x28, Model: {Path(said['model']).name}")
     assert said.pop("software") == "minibooth"
     enlarge(*(word for key, value in said.items() for word in (f"--{key}", value)))  # what it says draws it again
@@ -372,14 +374,14 @@ def test_a_name_that_is_no_utf8_is_a_name(x4, tmp_path, capsys):
 
 def test_generate_draws_and_enlarges_in_one_go(sd1, x4, tmp_path):
     words = ["--model", sd1, "--upscaler", x4, "--prompt", "a dog", "a cat", "--steps", 2, "--seed", 7, "--device=cpu"]
-    words += ["--noise_level", 5, "--upscaler_guidance_scale", 3]
+    words += ["--noise_level", 5, "--upscaler_guidance_scale", 3, "--batch_size", 1, "--negative_prompt", "a dog"]
     generate.main([*map(str, words), "--output_dir", str(tmp_path)])
     size, said = text(tmp_path / "0001.png")
     assert size == (256, 256)
     assert (said["upscaler"], said["width"], said["prompt"], said["seed"]) == (str(x4), "64", "a cat", "8")
     assert (said["noise_level"], said["upscaler_guidance_scale"]) == ("5", "3.0")
-    drawn = minibooth.load(sd1).generate("a cat", "", steps=2, seed=8)
-    expected = minibooth.load(x4).generate("a cat", drawn, 5, negative_prompts="", steps=2, guidance_scale=3.0, seed=8)
+    drawn = minibooth.load(sd1).generate("a cat", "a dog", steps=2, seed=8)
+    expected = minibooth.load(x4).generate("a cat", drawn, 5, "a dog", steps=2, guidance_scale=3.0, seed=8)
     with Image.open(tmp_path / "0001.png") as opened:
         assert np.abs(pixels([opened]) - pixels(expected)).mean() < 1
 

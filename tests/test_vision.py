@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from minibooth.dreambooth import metrics
-from minibooth.dreambooth.metrics import Eyes, open_lpips
+from minibooth.dreambooth.metrics import Eyes, Watch, open_lpips
 from minibooth.errors import UserError
 from minibooth.models.config import CLIPConfig, ViTConfig
 from minibooth.models.vision import CLIP, LPIPS, VisionModel, from_vit, preprocessor
@@ -70,6 +70,7 @@ def test_pictures_are_prepared_as_transformers_does(size, new, tmp_path):
     for processor, sees in (
         (transformers.CLIPImageProcessorPil, CLIP_SEES | {"size": 224, "crop_size": 223}),
         (transformers.ViTImageProcessorPil, DINO_SEES | {"size": 224}),
+        (transformers.ViTImageProcessorPil, DINO_SEES | {"size": 224, "rescale_factor": 1 / 127.5}),
     ):
         theirs = processor(**sees)
         theirs.save_pretrained(tmp_path)
@@ -165,6 +166,14 @@ def test_how_many_are_looked_at_together_changes_nothing(dino, monkeypatch):
     assert error(eyes.images(pictures()), whole) <= 1e-6
 
 
+def test_a_single_picture_of_the_class_has_no_diversity(dino, tmp_path):
+    (picture, other), path = pictures(SIZES[:2]), tmp_path / "a.png"
+    picture.save(path)
+    watch = Watch(dino[0], [path], torch.device("cpu"))
+    assert watch.look([picture], [other]).keys() == {"subject_similarity", "class_drift"}
+    assert watch.look([picture], [other, picture]).keys() - {"subject_similarity", "class_drift"} == {"class_diversity"}
+
+
 def test_a_revision_follows_the_name_on_the_hub(dino, monkeypatch):
     asked = []
     monkeypatch.setattr(metrics, "snapshot", lambda *given: asked.append((given[0], given[2])) or dino[0])
@@ -212,7 +221,11 @@ def test_a_damaged_vocabulary_is_refused(clip, copy_of):
         Eyes(folder)
 
 
-@pytest.mark.parametrize("change, named", [({"do_resize": False}, "do_resize"), ({"size": {"longest_edge": 9}}, "width")])
+@pytest.mark.parametrize(
+    "change, named",
+    [({step: False}, step) for step in ("do_resize", "do_rescale", "do_normalize")]
+    + [({"size": {"longest_edge": 9}}, "width")],
+)
 def test_another_preprocessing_is_refused(dino, copy_of, change, named):
     folder = copy_of(dino[0])
     write_json(folder / "preprocessor_config.json", DINO_SEES | change)
