@@ -342,7 +342,7 @@ def test_the_words_are_those_of_the_instance_prompt(tmp_path, instance, of_class
         evaluate.complete(flags)
         assert (flags.identifier, flags.class_noun, flags.images) == ("a", "b", Path("c"))
         if of_class:  # which shows the identifier, whatever the noun is to be
-            flags = evaluate.parser().parse_args(["--model", str(place), "--class_noun", "poodle"])
+            flags = evaluate.parser().parse_args([*places, "--class_noun", "poodle"])
             evaluate.complete(flags)
             assert (flags.identifier, flags.class_noun) == (words[0], "poodle")
 

@@ -45,8 +45,8 @@ def push(settings: Settings) -> huggingface_hub.RepoUrl:
     patterns += [f"upscaler/{pattern.format('upscaler')}" for pattern in UPLOADED] * bool(settings.upscaler)
     with refusals(f"the model is in {folder}, but could not be uploaded", "see --hub_token"):
         api, card = huggingface_hub.HfApi(token=settings.hub_token), model_card(settings, repository.repo_id)
+        api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=repository.repo_id)
         api.upload_folder(
             repo_id=repository.repo_id, folder_path=folder, commit_message="End of training", allow_patterns=patterns
         )
-        api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=repository.repo_id)
     return repository
