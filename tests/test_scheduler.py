@@ -163,6 +163,7 @@ def test_a_file_may_leave_everything_out():
     ({"use_exponential_sigmas": True}, "use_exponential_sigmas=True"),
     ({"sigma_max": 700.0}, "sigma_max=700.0"),
     ({"solver_order": 3}, "solver_order=3 is not supported; 2 is"),
+    ({"solver_type": "heun"}, "solver_type='heun' is not supported"),
     ({"algorithm_type": "sde-dpmsolver++"}, "algorithm_type='sde-dpmsolver.*is not supported; 'dpmsolver.*is"),
     ({"final_sigmas_type": "sigma_min"}, "final_sigmas_type='sigma_min'"),
     ({"interpolation_type": "log_linear"}, "interpolation_type='log_linear'"),

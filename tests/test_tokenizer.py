@@ -104,6 +104,7 @@ SETTINGS = {
     "SD 2, config only": ({"pad_token": "!", "bos_token": START, "eos_token": END, "unk_token": END}, None),
     "XL": ({"added_tokens_decoder": DECODER, "pad_token": "!", "bos_token": START, "eos_token": END}, MAP),
     "a new token": ({"added_tokens_decoder": [*DECODER, ("<sks-dog>", False)], "pad_token": END}, None),
+    "padding with a new token": ({"added_tokens_decoder": [*DECODER, ("<pad>", False)], "pad_token": "<pad>"}, None),
 }
 
 

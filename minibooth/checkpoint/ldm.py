@@ -230,7 +230,7 @@ def open_file(path: Path, ema: bool = False) -> tuple[files.View, dict[str, str]
     tensors = files.Tensors([path])
     bare = re.compile(r"\.transformer\.(?=(embeddings|encoder|final_layer_norm)\.)")  # as some merges write them
     names = {bare.sub(".transformer.text_model.", name): name for name in tensors}
-    if not any(name.startswith((f"{UNET}label_emb.", "conditioner.embedders.1.")) for name in names):  # as sgm has SD 1 and 2
+    if not any(name.startswith(f"{UNET}label_emb.") for name in names):  # no XL, but an SD 1 or 2 as XL's program names it
         names = {re.sub(r"^conditioner\.embedders\.0\.", "cond_stage_model.", name): own for name, own in names.items()}
     if ema:
         averages = {name: f"model_ema.{name[len('model.') :].replace('.', '')}" for name in names if name.startswith(UNET)}

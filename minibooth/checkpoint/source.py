@@ -241,8 +241,9 @@ class Source:
         where what was read does not fit together.
         """
         for name, read in self.weights.items():
+            network = self.skeleton(name)
             for state in (read, weights.get(name, read)):
-                check(self.skeleton(name), state, f"{self.name}: {name}")
+                check(network, state, f"{self.name}: {name}")
         states = {name: weights.get(name, read) for name, read in self.weights.items()}
         (self._save_file if path.suffix == ".safetensors" else self._save_folder)(path, states, dtype)
 

@@ -81,7 +81,7 @@ class ClassPictures(Drawings):
         chosen |= {"guidance_scale": settings.class_guidance_scale}
         manifest = origin(source, source.weights, dtype) | DRAWING | chosen
         super().__init__(folder, manifest, settings.num_class_images - len(own))
-        self.outdated = [path.name for path in folder.glob("drawn-*") if path != self.folder]
+        self.outdated = [path.name for path in folder.glob("drawn-*")]
         self.pictures = own + self.pictures
 
     def draw(self, pipe: StableDiffusion, first: int = 0, step: int = 1) -> None:
