@@ -125,8 +125,11 @@ def ready_folder(folder: Path) -> None:
         raise UserError(f"{folder} is no folder that can be written ({error.strerror}): name another") from None
 
 
+SOURCE = "variant", "revision", "tokenizer", "prediction_type"
+
+
 def source_flags(parser: Parser) -> None:
-    """The flags that say how a model is read, as `load` and `Source.open` take them."""
+    """The flags that say how a model is read, SOURCE, as `load` and `Source.open` take them."""
     parser.add_argument("--variant", help="of the weights' files to read, such as fp16")
     parser.add_argument("--revision", help="of a model on the hub: branch, tag or commit")
     tokenizer = "folder with CLIP's vocabulary, for a single file [tokenizer/ beside it, or the hub]"

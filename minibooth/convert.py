@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
     if target.suffix.lower() in (*files.PICKLES, ".safetensors") and target.suffix != ".safetensors":
         raise UserError(f"a single file is written as {target.with_suffix('.safetensors')}, not as {target.name}")
     command.ready_folder(target.parent)
-    how = {name: getattr(flags, name) for name in ("variant", "revision", "tokenizer", "ema", "prediction_type")}
+    how = {name: getattr(flags, name) for name in (*command.SOURCE, "ema")}
     source = Source.open(flags.source, **how)
     lora.merge(source, command.loras(flags))
     source.save(target, {}, command.DTYPES.get(flags.dtype))

@@ -18,6 +18,7 @@ from minibooth.diffusion.images import save_png
 from minibooth.diffusion.pipeline import Pipeline
 from minibooth.diffusion.samplers import SAMPLERS
 from minibooth.dreambooth import speed
+from minibooth.dreambooth.journal import numbered
 from minibooth.errors import UserError
 
 # The samplers as AUTOMATIC1111's web interface calls them, which reads a picture's settings from its "parameters".
@@ -26,7 +27,7 @@ A1111 = {
 }  # fmt: skip
 
 
-READ = "dtype", "variant", "revision", "tokenizer", "prediction_type"  # how the model was read, where it was said
+READ = "dtype", *command.SOURCE  # how the model was read, where it was said
 
 
 def parser(
@@ -82,8 +83,8 @@ def open_other(
 
 def save(picture: Image.Image, folder: Path, prefix: str, metadata: dict[str, str]) -> None:
     """Write a PNG under the first name after the last of those numbered there, 0007.png or grid-0002.png, and print it."""
-    names = (re.fullmatch(rf"{re.escape(prefix)}(\d+)\.png", path.name) for path in folder.iterdir())
-    numbers = itertools.count(1 + max((int(name[1]) for name in names if name), default=-1))
+    last, _ = max(numbered(folder, rf"{re.escape(prefix)}(\d+)\.png"), default=(-1, folder))
+    numbers = itertools.count(1 + last)
     for path in (folder / f"{prefix}{number:04d}.png" for number in numbers):
         with contextlib.suppress(FileExistsError):
             path.touch(exist_ok=False)  # from now on the name is ours: others may be drawing into the folder, too
@@ -103,10 +104,11 @@ def metadata(flags: argparse.Namespace, prompt: str, seed: int, size: tuple[int,
         "Size": f"{size[0]}x{size[1]}", "Model": Path(flags.model).name,
     }  # fmt: skip
     negative = f"\nNegative prompt: {flags.negative_prompt}" if flags.negative_prompt else ""
-    named = "".join(f" <lora:{Path(path).stem}:{weight:g}>" for path, weight in command.loras(flags))
+    loras = command.loras(flags)
+    named = "".join(f" <lora:{Path(path).stem}:{weight:g}>" for path, weight in loras)
     parameters = f"{prompt}{named}{negative}\n" + ", ".join(f"{key}: {value}" for key, value in a1111.items())
-    loras = ", ".join(f"{path} {weight:g}" for path, weight in command.loras(flags))
-    own |= {name: value for name in READ if (value := getattr(flags, name))} | ({"lora": loras} if loras else {})
+    own |= {name: value for name in READ if (value := getattr(flags, name))}
+    own |= {"lora": ", ".join(f"{path} {weight:g}" for path, weight in loras)} if loras else {}
     own |= dict(
         prompt=prompt, negative_prompt=flags.negative_prompt, seed=seed, steps=flags.steps, sampler=flags.sampler,
         guidance_scale=flags.guidance_scale, model=flags.model, software="minibooth",

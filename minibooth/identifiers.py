@@ -16,8 +16,7 @@ def main(argv: Sequence[str]) -> None:
     command.source_flags(parser)
     parser.add_argument("--count", type=command.within(1), default=20, help="how many [20]")
     flags = parser.parse_args(command.normalise(argv))
-    how = {name: getattr(flags, name) for name in ("variant", "revision", "tokenizer", "prediction_type")}
-    source = Source.open(flags.model, **how)
+    source = Source.open(flags.model, **{name: getattr(flags, name) for name in command.SOURCE})
     embeddings = source.weights["text_encoder"]["text_model.embeddings.token_embedding.weight"]
     for word, token, moved in rare_words(source.tokenizer(), embeddings)[: flags.count]:
         print(f"{word:6} token {token:5}  moved {moved:.2f}")

@@ -16,7 +16,7 @@ from minibooth import command
 from minibooth.command import WEIGHTS
 from minibooth.dreambooth import hub, parallel
 from minibooth.dreambooth.parallel import Ranks
-from minibooth.dreambooth.settings import Settings
+from minibooth.dreambooth.settings import WITHOUT_EFFECT, Settings
 from minibooth.dreambooth.trainer import Trainer
 
 # The run on the repository's own small model, where neither a model nor photographs are named.
@@ -46,7 +46,7 @@ def given_flags(argv: Sequence[str]) -> dict[str, typing.Any]:
         kind = next(each for each in (*typing.get_args(f.type), f.type) if each is not type(None))
         how: dict[str, typing.Any] = {"action": "store_true"} if kind is bool else {"type": kind}
         how |= {key: value for key, value in f.metadata.items() if key in ("help", "choices", "nargs")}
-        if f.default and not how["help"].startswith("without effect"):
+        if f.default and f.name not in WITHOUT_EFFECT:
             how["help"] += f" [{' '.join(map(str, f.default)) if isinstance(f.default, tuple) else f.default}]"
         parser.add_argument(f"--{f.name}", *ALIASES.get(f.name, ()), default=argparse.SUPPRESS, **how)
     given = vars(parser.parse_args(command.normalise(argv)))

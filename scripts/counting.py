@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from minibooth import command, train
-from minibooth.checkpoint.source import COMPONENTS, KINDS, Source
+from minibooth.checkpoint.source import COMPONENTS, INDEX, KINDS, Source
 from minibooth.dreambooth.optimizer import AdamW
 from minibooth.dreambooth.settings import Settings
 from minibooth.dreambooth.weights import recompute_activations
@@ -57,7 +57,7 @@ def filled(model: Path, folder: Path) -> Path:
 def networks(s: Settings) -> dict[str, Any]:
     """The UNet, and the text encoder where it trains, on meta, as the trainer prepares them."""
     folder = Path(s.pretrained_model_name_or_path)
-    if not (folder / "model_index.json").is_file():
+    if not (folder / INDEX).is_file():
         raise UserError(f"{folder} is no folder in the diffusers layout here: nothing else is counted")
     source = described(folder)
     if source.kind == "StableDiffusionUpscalePipeline" or ("XL" in source.kind and s.train_text_encoder):

@@ -22,7 +22,7 @@ from minibooth.checkpoint import files
 from minibooth.errors import UserError, blaming
 from minibooth.models.config import ATTENDS, CLIPTextConfig, UNetConfig, VAEConfig
 
-SCHEDULE = "scheduler/scheduler_config.json"
+INDEX, SCHEDULE = "model_index.json", "scheduler/scheduler_config.json"
 UNET = "model.diffusion_model."
 
 
@@ -326,7 +326,7 @@ def describe(path: Path, file: Mapping[str, Tensor], prediction_type: str, own: 
     if family.low_res_scheduler:
         schedulers["low_res_scheduler"] = family.low_res_scheduler
     index = {"_class_name": pipeline, **family.model_index}
-    written: dict[str, Mapping[str, Any]] = {"model_index.json": index}
+    written: dict[str, Mapping[str, Any]] = {INDEX: index}
     for name, config in schedulers.items():
         written[f"{name}/scheduler_config.json"] = config
         index[name] = ["diffusers", config["_class_name"]]
@@ -339,7 +339,7 @@ def describe(path: Path, file: Mapping[str, Tensor], prediction_type: str, own: 
         index[tokenizer] = ["transformers", "CLIPTokenizer"]
     written |= {name: files.parse_json(text.encode(), f"{path}/{name}") for name, text in own.items() if name in written}
     written[SCHEDULE] = {**written[SCHEDULE], "prediction_type": prediction_type}
-    written["model_index.json"] = {**written["model_index.json"], "_class_name": pipeline}
+    written[INDEX] = {**written[INDEX], "_class_name": pipeline}
     return {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in written.items()}
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minibooth.checkpoint import files, ldm
-from minibooth.checkpoint.ldm import SCHEDULE
+from minibooth.checkpoint.ldm import INDEX, SCHEDULE
 from minibooth.errors import UserError, blaming, refusals
 from minibooth.models.clip import CLIPText
 from minibooth.models.config import CLIPTextConfig, Config, UNetConfig, VAEConfig
@@ -49,7 +49,6 @@ COMPONENTS = {
     "vae": Component(VAE, VAEConfig, "diffusion_pytorch_model"),
 }
 KINDS = {kind: sorted(family.prefixes) for kind, family in ldm.FAMILIES.items()}  # what a folder may be, and what to read then
-INDEX = "model_index.json"
 SMALL_FILES = (INDEX, "*/*.json", "tokenizer*/*.txt")  # read into memory, written back as they were
 VOCABULARY = ("vocab.json", "merges.txt", "tokenizer.json", "added_tokens.json")
 CLIP = "openai/clip-vit-large-patch14"  # has the vocabulary of all these models

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from minibooth.checkpoint.source import Source
+from minibooth.checkpoint.source import INDEX, Source
 from minibooth.diffusion.images import to_image, to_rgb, to_tensor
 from minibooth.diffusion.noise import gaussian, seeds_from
 from minibooth.diffusion.pipeline import Condition, Pipeline
@@ -71,7 +71,7 @@ class StableDiffusionUpscale(Pipeline):
         super().__init__(source, dtype, device)
         with blaming(f"{source.name}/low_res_scheduler/scheduler_config.json"):
             self.low_res_scheduler = DDPMScheduler.from_config(source.json("low_res_scheduler/scheduler_config.json"))
-        self.max_noise_level: int = source.json("model_index.json").get("max_noise_level", 350)
+        self.max_noise_level: int = source.json(INDEX).get("max_noise_level", 350)
         levels = min(self.unet.config.num_class_embeds or 0, self.low_res_scheduler.num_train_timesteps)
         if self.max_noise_level not in range(levels):
             unknown = f"its UNet knows no noise level {self.max_noise_level!r} (max_noise_level, num_class_embeds)"

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from minibooth.checkpoint.source import Source
+from minibooth.checkpoint.source import INDEX, Source
 from minibooth.diffusion.images import to_image
 from minibooth.diffusion.noise import gaussian, seeds_from
 from minibooth.diffusion.pipeline import Condition, Pipeline
@@ -103,7 +103,7 @@ class StableDiffusionXL(StableDiffusion):
     def unconditional(self, negative_prompts: Sequence[str] | None) -> Condition:
         """Zeros where there are no negative prompts, as the published model was trained."""
         context, pooled, sizes = super().unconditional(negative_prompts)
-        zeros = negative_prompts is None and self.source.json("model_index.json").get("force_zeros_for_empty_prompt", True)
+        zeros = negative_prompts is None and self.source.json(INDEX).get("force_zeros_for_empty_prompt", True)
         return (context * 0, pooled * 0, sizes) if zeros else (context, pooled, sizes)
 
     def with_sizes(self, condition: Condition, sizes: Tensor) -> Condition:

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import huggingface_hub
 
-from minibooth.checkpoint.lora import DIFFUSERS
+from minibooth.dreambooth.journal import PARTS, RESULTS
 from minibooth.dreambooth.settings import Settings
 from minibooth.errors import refusals
 
-# What is uploaded; {}: the folder's name. Not photographs, what was made of them, and what else lies in the folder.
-PARTS = "unet/* vae/* text_encoder*/* tokenizer*/* scheduler/* low_res_scheduler/*"
-UPLOADED = ["model_index.json", *PARTS.split(), DIFFUSERS, "{}.safetensors"]
+# What is uploaded: not photographs, what was made of them, and what else lies in the folder.
+UPLOADED = [*RESULTS, *(f"{part}/*" for part in PARTS)]
 CARD = Path(__file__).with_name("model_card.md").read_text("utf-8")
 
 

@@ -24,16 +24,16 @@ from typing import Any
 import torch
 
 from minibooth.checkpoint import files
+from minibooth.checkpoint.ldm import INDEX
 from minibooth.checkpoint.lora import DIFFUSERS
 from minibooth.dreambooth.settings import WITHOUT_EFFECT, Settings
 from minibooth.errors import UserError
 
-RESULTS = ("model_index.json", DIFFUSERS, "{}.safetensors")  # of which a finished run leaves one; {}: the folder's name
+RESULTS = (INDEX, DIFFUSERS, "{}.safetensors")  # of which a finished run leaves one; {}: the folder's name
+PARTS = "unet", "vae", "text_encoder*", "tokenizer*", "scheduler", "low_res_scheduler"  # a pipeline's folders
 SAME = "rank", "lora_alpha", "lora_targets", "train_text_encoder", "use_8bit_adam", "full_bf16"  # for a checkpoint's tensors
-TAKEN = (  # what a run would overwrite
-    "run.json", "metrics.jsonl", "report.html", "checkpoint-*", "samples/step-*.png", "unet", "vae", "text_encoder*",
-    "tokenizer*", "scheduler", "low_res_scheduler", *RESULTS,
-)  # fmt: skip
+# What a run would overwrite.
+TAKEN = ("run.json", "metrics.jsonl", "report.html", "checkpoint-*", "samples/step-*.png", *PARTS, *RESULTS)
 # Settings on which no result depends.
 FREE = {"resume_from_checkpoint", "hub_token", "hub_model_id", "push_to_hub", "checkpoints_total_limit", *WITHOUT_EFFECT}
 
@@ -105,9 +105,9 @@ class Journal:
         self.note(finished=False)
         for unfinished in self.has(*(f".{name}.????????" for name in (*TAKEN, "{}"))):  # what a killed run was writing
             shutil.rmtree(unfinished, ignore_errors=True)
-        for path in self.folder.glob("samples/*.png"):
-            match = re.fullmatch(r"step-(\d+)|before-after", path.stem)
-            if match and (not step or int(match[1] or step + 1) > step):
+        (self.folder / "samples" / "before-after.png").unlink(missing_ok=True)
+        for number, path in grids(self.folder):
+            if not step or number > step:
                 path.unlink()
         metrics = self.folder / "metrics.jsonl"
         lines = metrics.read_text("utf-8", "replace").splitlines() if metrics.exists() else []
@@ -125,8 +125,7 @@ class Journal:
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """Steps and folders of the checkpoints that are there, oldest first; each is whole, since it was moved into place."""
-        named = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in self.folder.glob("checkpoint-*"))
-        return sorted((int(match[1]), path) for match, path in named if match)
+        return numbered(self.folder, r"checkpoint-(\d+)")
 
     def to_resume(self) -> Path | None:
         """The checkpoint that --resume_from_checkpoint means; None where "latest" finds none, or nothing was asked."""
@@ -161,6 +160,17 @@ class Journal:
         limit = self.settings.checkpoints_total_limit
         for _, path in self.checkpoints()[: -limit if limit else 0]:
             shutil.rmtree(path)
+
+
+def numbered(folder: Path, name: str) -> list[tuple[int, Path]]:
+    """What is in a folder, if that is there, under names that match `name`, whose group is a number: by number."""
+    named = ((re.fullmatch(name, path.name), path) for path in folder.glob("*"))
+    return sorted((int(match[1]), path) for match, path in named if match)
+
+
+def grids(folder: Path) -> list[tuple[int, Path]]:
+    """Steps and pictures of the validation's grids in an output folder."""
+    return numbered(folder / "samples", r"step-(\d+)\.png")
 
 
 def words_of(value: Any) -> list[str]:

@@ -10,7 +10,6 @@ import functools
 import io
 import json
 import math
-import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
@@ -23,6 +22,7 @@ from PIL import Image
 
 from minibooth.checkpoint import files
 from minibooth.dreambooth.data import open_picture
+from minibooth.dreambooth.journal import grids
 from minibooth.dreambooth.settings import Settings
 from minibooth.errors import UserError
 
@@ -42,11 +42,10 @@ def write(folder: Path) -> None:
     s, usual = run["settings"], json.loads(json.dumps(asdict(Settings())))
     steps = max((points[-1][0] for points in every.values()), default=0)
     minutes = sum(seconds for _, seconds in every.get("seconds", ())) / 60
-    numbered = ((re.fullmatch(r"step-(\d+)\.png", path.name), path) for path in folder.glob("samples/*"))
-    samples = sorted((int(match[1]), path) for match, path in numbered if match)
+    samples = grids(folder)
     drawn = ((n, encoded(path, GRID)) for n, path in samples)
     captions = (s["validation_prompt"] or "").split("|") + [caption_of(path) for _, path in samples[-1:]]
-    grids = [f'<img src="{uri}" alt="Drawn at step {n}" data-step={n} hidden>' for n, uri in drawn if uri]
+    images = [f'<img src="{uri}" alt="Drawn at step {n}" data-step={n} hidden>' for n, uri in drawn if uri]
     paths = [path for path in sorted(Path(s["instance_data_dir"]).glob("[!.]*")) if path.is_file()]
     photographs = (encoded(path, PHOTOGRAPH) for path in paths[:MOST])
     real = [f'<img src="{uri}" alt="Photograph of the subject">' for uri in photographs if uri]
@@ -62,8 +61,8 @@ def write(folder: Path) -> None:
     page = PAGE.substitute(
         title=escape(s["instance_prompt"]), command=escape(" ".join(words)), real="\n".join(real),
         facts=f"{steps} steps at {s['resolution']} px, learning rate {s['learning_rate']:g}, in {minutes:.1f} minutes",
-        given="".join(rows[False]), usual="".join(rows[True]), no_grids="hidden" * (not grids), no_real="hidden" * (not real),
-        grids="\n".join(grids), last=len(grids) - 1, prompts=tagged("li", filter(None, captions)),
+        given="".join(rows[False]), usual="".join(rows[True]), no_grids="hidden" * (not images), no_real="hidden" * (not real),
+        grids="\n".join(images), last=len(images) - 1, prompts=tagged("li", filter(None, captions)),
         losses=chart(losses, 720, 260) if losses else "",
         others="".join(chart({name: every[name]}, 350, 150, stops.get(name)) for name in others),
         stop=tagged("p", (f"By {name}, stop at step {n}: first at {SHARE:.0%} of its rise." for name, n in stops.items())),

@@ -15,7 +15,7 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -177,11 +177,11 @@ class Trainer:
                 if stopped and done < self.steps:
                     self.report()
                     latest = f"go on with the same command and --resume_from_checkpoint latest (step {done})"
-                    raise KeyboardInterrupt(latest, *["SIGTERM"] * (signal.SIGTERM in interrupted))
+                    raise interruption(latest, interrupted)
             self.save()
         if self.ranks.any(interrupted):
             whole = f"all {self.steps} steps were done, and {journal.folder} holds the result"
-            raise KeyboardInterrupt(whole, *["SIGTERM"] * (signal.SIGTERM in interrupted))
+            raise interruption(whole, interrupted)
 
     def step(self, step: int) -> dict[str, float]:
         """One update of the weights. Returns the loss and its two parts, means over the accumulated batches and the ranks."""
@@ -385,3 +385,8 @@ def interrupts() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def interruption(words: str, caught: Sequence[int]) -> KeyboardInterrupt:
+    """What ends a run that caught these signals: with SIGTERM as a second word, where that is one."""
+    return KeyboardInterrupt(words, *["SIGTERM"] * (signal.SIGTERM in caught))

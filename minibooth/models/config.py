@@ -155,9 +155,8 @@ class CLIPTextConfig(TransformerConfig):
     intermediate_size: int = 2048
     num_attention_heads: int = 8
     max_position_embeddings: int = 77
-    eos_token_id: int | tuple | None = dataclasses.field(
-        default=49407, compare=False
-    )  # 2, in published files: the largest there is
+    # 2 in published files, for the largest id there is
+    eos_token_id: int | tuple | None = dataclasses.field(default=49407, compare=False)
     projection_dim: int = dataclasses.field(default=512, compare=False)  # which the weights' shapes tell
     architectures: tuple[str, ...] = ()
 
