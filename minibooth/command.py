@@ -161,7 +161,7 @@ def normalise(argv: Sequence[str]) -> list[str]:
 
 def device(name: str | None = None) -> torch.device:
     """The device of that name, or the best there: cuda, mps, cpu. Raises UserError for one that is not there."""
-    gpus = torch.cuda.device_count()
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0  # there may be one without a driver for this PyTorch
     usable = ["cuda"][:gpus] + [f"cuda:{i}" for i in range(gpus)] + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     if name and name not in usable:
         raise UserError(f"--device {name} is not there; {', '.join(usable)} would do")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minibooth import command
-from minibooth.checkpoint import files, lora
+from minibooth.checkpoint import lora
 from minibooth.checkpoint.source import Source
 from minibooth.errors import UserError
 
@@ -14,7 +14,7 @@ def parser() -> command.Parser:
     """The command's flags."""
     parser = command.Parser("python -m minibooth.convert", __doc__)
     add = parser.add_argument
-    add("source", metavar="SRC", help="a folder in the diffusers layout, a single .safetensors file, or owner/name on the hub")
+    add("source", metavar="SRC", help=command.MODEL)
     add("target", metavar="DST", type=Path, help="x.safetensors for a single file, anything else for a folder")
     add("--dtype", choices=["fp32", "fp16", "bf16"], help="what the weights are written in [as they are]")
     command.lora_flags(parser)
@@ -26,14 +26,10 @@ def parser() -> command.Parser:
 def main(argv: Sequence[str]) -> None:
     """Convert as the command line says, one tensor in memory at a time."""
     flags = parser().parse_args(command.normalise(argv))
-    target = flags.target
-    if target.exists() or target.is_symlink():
+    if (target := flags.target).exists() or target.is_symlink():
         raise UserError(f"{target} is there already; choose another name, or remove it first")
-    if target.suffix.lower() in (*files.PICKLES, ".safetensors") and target.suffix != ".safetensors":
-        raise UserError(f"a single file is written as {target.with_suffix('.safetensors')}, not as {target.name}")
     command.ready_folder(target.parent)
-    how = {name: getattr(flags, name) for name in (*command.SOURCE, "ema")}
-    source = Source.open(flags.source, **how)
+    source = Source.open(flags.source, **{name: getattr(flags, name) for name in (*command.SOURCE, "ema")})
     lora.merge(source, command.loras(flags))
     source.save(target, {}, command.DTYPES.get(flags.dtype))
     print(target)

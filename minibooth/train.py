@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import gc
 import itertools
 import shlex
 import sys
@@ -18,6 +19,7 @@ from minibooth.dreambooth import hub, parallel
 from minibooth.dreambooth.parallel import Ranks
 from minibooth.dreambooth.settings import WITHOUT_EFFECT, Settings
 from minibooth.dreambooth.trainer import Trainer
+from minibooth.errors import UserError
 
 # The run on the repository's own small model, where neither a model nor photographs are named.
 EMBEDDED: dict[str, typing.Any] = dict(
@@ -87,14 +89,23 @@ def second_step(settings: Settings, given: Mapping[str, typing.Any] = {}) -> Set
 
 
 def trainer(settings: Settings, ranks: Ranks) -> Trainer:
-    """The run on the ranks' devices, in the precision that the settings, or these devices, call for."""
+    """The run on the ranks' devices, in the precision that the settings, or these devices, call for.
+
+    Raises UserError for what a device cannot do.
+    """
     precision = settings.prior_generation_precision or ("fp16" if ranks.device.type == "cuda" else "fp32")
     dtypes = command.DTYPES[settings.mixed_precision or "no"], command.DTYPES[precision]
+    gpu, bf16 = ranks.device.type == "cuda", settings.mixed_precision == "bf16"
+    if gpu and bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError("this GPU has no units for bf16: take --mixed_precision fp16")
+    if ranks.device.type == "mps" and settings.lora_dropout and settings.gradient_checkpointing:
+        raise UserError("on mps --gradient_checkpointing does not repeat --lora_dropout: leave out one of them")
     return Trainer(settings, ranks.device, *dtypes, ranks)
 
 
 def train(settings: Settings, ranks: Ranks) -> tuple[str, list[str]]:
     """One step of the paper, start to end; returns the command that draws with what it left: the model, or that and a LoRA."""
+    gc.collect()  # an earlier step's Trainer and its Graph hold each other, and all their memory
     run = trainer(settings, ranks)
     if settings.push_to_hub and ranks.first:
         hub.reserve(settings)

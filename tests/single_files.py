@@ -1,6 +1,7 @@
 """LDM single files for the tests, of small checkpoints whose heads and groups are those that a file's shapes mean."""
 
 import functools
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def file(kind: str) -> Path:
     pipe = minibooth.load(folder(kind))
     pipe.save(said)
     change(said, path, lambda tensors: None, {key: x for key, x in metadata(said).items() if not key.startswith(ldm.OURS)})
-    pipe.source.save_vocabulary(path.parent)
+    shutil.copytree(folder(kind) / "tokenizer", path.parent / "tokenizer", dirs_exist_ok=True)
     return path
 
 

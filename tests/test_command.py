@@ -9,9 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from minibooth import command
 from minibooth.checkpoint import files
+from minibooth.errors import UserError
 
 
 def test_commands_ask_for_huge_pages_unless_told_otherwise(monkeypatch):
@@ -65,6 +67,16 @@ def test_a_folder_is_made_with_those_above_it(tmp_path):
     for _ in range(2):
         command.ready_folder(tmp_path / "a" / "b")
         assert (tmp_path / "a" / "b").is_dir() and not [*(tmp_path / "a" / "b").iterdir()]
+
+
+def test_a_gpu_that_this_pytorch_cannot_use_is_not_there(monkeypatch):
+    """Its driver may be too old, and be counted all the same."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for usable, wanted in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda usable=usable: usable)
+        assert command.device() == torch.device(wanted)
+    with pytest.raises(UserError, match="--device cuda:1 is not there; cpu would do"):
+        command.device("cuda:1")
 
 
 # ---- the process

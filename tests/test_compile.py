@@ -214,6 +214,15 @@ def test_without_a_compiler_it_is_said_in_a_line(monkeypatch, capsys):
     assert decided == [False, False, False, False]
     assert capsys.readouterr().out == "not compiled, for lack of no-such-compiler: every step takes longer\n"
     monkeypatch.setattr(speed.shutil, "which", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (6, 1))
+    monkeypatch.setattr(speed.importlib.util, "find_spec", lambda name: name)
+    with monkeypatch.context() as without:
+        without.setattr(speed.sysconfig, "get_path", lambda name: "nowhere")
+        speed.compiler.cache_clear()
+        assert not speed.compilable(Settings(compile="on"), torch.device("cuda"))
+    lacking = "Python.h and a GPU of capability 7.0"
+    assert capsys.readouterr().out == f"not compiled, for lack of {lacking}: every step takes longer\n"
+    monkeypatch.setattr(speed.Path, "exists", lambda path: True)
     speed.compiler.cache_clear()
     assert speed.compilable(Settings(compile="on"), torch.device("cpu"))
     pays = [speed.compilable(Settings(compile=choice), torch.device("cpu"), pays=True) for choice in ("auto", "off")]

@@ -147,6 +147,16 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_schedule_keeps_its_precision(tmp_path):
+    """A1111 draws by alphas_cumprod of a file, the first of which are 1 in bf16: its last sigma would be no number."""
+    alphas = torch.linspace(0.9995, 0.005, 1000)
+    path = change(file("sd1"), tmp_path / "x.safetensors", lambda tensors: tensors | {"alphas_cumprod": alphas})
+    assert run(path, tmp_path / "y.safetensors", "--dtype=bf16", "--tokenizer", folder("sd1")) == 0
+    tensors = load_file(tmp_path / "y.safetensors")
+    assert torch.equal(tensors.pop("alphas_cumprod"), alphas)
+    assert {x.dtype for x in tensors.values()} == {torch.bfloat16}
+
+
 # ---- memory
 
 MEASURE = """

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from single_files import assert_same_bits, change, file, folder, metadata, states
 
 import minibooth
+from minibooth.checkpoint.ldm import OURS
 from minibooth.checkpoint.source import SCHEDULE, Source
 from minibooth.errors import UserError
 from minibooth.models.unet import UNet
@@ -126,7 +127,7 @@ def test_what_no_shape_tells_comes_back_from_a_file(source, tmp_path):
     """Heads, groups, sizes, factors and betas of our own models are unlike any published."""
     pipe = minibooth.load(source)
     pipe.save(tmp_path / "x.safetensors")
-    opened = minibooth.load(tmp_path / "x.safetensors", tokenizer=source)
+    opened = minibooth.load(tmp_path / "x.safetensors")
     opened.save(tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "x.safetensors").read_bytes()
     opened.save(tmp_path / "folder")
@@ -135,7 +136,7 @@ def test_what_no_shape_tells_comes_back_from_a_file(source, tmp_path):
         assert {name: x.config for name, x in other.networks.items()} == {name: x.config for name, x in pipe.networks.items()}
         assert torch.equal(other.scheduler.alphas_cumprod, pipe.scheduler.alphas_cumprod)
         assert np.array_equal(pictures(other), expected)
-    overruled = minibooth.load(tmp_path / "x.safetensors", tokenizer=source, prediction_type="epsilon")
+    overruled = minibooth.load(tmp_path / "x.safetensors", prediction_type="epsilon")
     assert overruled.scheduler.prediction_type == "epsilon"
     assert torch.equal(overruled.scheduler.alphas_cumprod, pipe.scheduler.alphas_cumprod)
 
@@ -383,7 +384,8 @@ def test_everything_comes_back_bit_for_bit(kind, stored, tmp_path):
     pipe = minibooth.load(path, tokenizer=folder(kind))
     pipe.save(tmp_path / "again.safetensors")
     assert_same_bits(load_file(tmp_path / "again.safetensors"), load_file(path))
-    assert metadata(tmp_path / "again.safetensors") == said
+    told = metadata(tmp_path / "again.safetensors")
+    assert {key: text for key, text in told.items() if not key.startswith(f"{OURS}tokenizer")} == said
     pipe.save(path)  # over itself
     assert_same_bits(load_file(path), load_file(tmp_path / "again.safetensors"))
 
@@ -564,6 +566,26 @@ def test_where_the_vocabulary_is_found(place, tmp_path, monkeypatch):
     assert ids(minibooth.load(path, **options)) == ids(minibooth.load(folder("sd1")))
 
 
+@kinds
+def test_a_file_of_ours_holds_its_tokenizers(kind, tmp_path):
+    """Unusual ones, and XL's two different ones; the argument `tokenizer` overrules them."""
+    copy = shutil.copytree(folder(kind), tmp_path / "copy")
+    tokenizers = {path.name: path for path in copy.glob("tokenizer*")}
+    for name, path in tokenizers.items():
+        config, words = (json.loads((path / f"{file}.json").read_text()) for file in ("tokenizer_config", "vocab"))
+        write_json(path / "tokenizer_config.json", config | {"model_max_length": len(name)})
+        write_json(path / "vocab.json", words | {"a</w>": words[f"{name[-1]}</w>"], f"{name[-1]}</w>": words["a</w>"]})
+    pipe, alone = minibooth.load(copy), tmp_path / "alone" / "x.safetensors"
+    pipe.save(alone)
+    again = minibooth.load(alone)
+    rows = {name: [getattr(each, name)(["a r 2"]).tolist() for each in (pipe, again)] for name in tokenizers}
+    assert all(row == other for row, other in rows.values()) and len({str(row) for row, _ in rows.values()}) == len(rows)
+    again.save(tmp_path / "again")
+    for path in copy.glob("tokenizer*/*.*"):
+        assert (tmp_path / "again" / path.relative_to(copy)).read_text().split() == path.read_text().split()
+    assert ids(minibooth.load(alone, tokenizer=folder(kind)), "a r") != ids(pipe, "a r")
+
+
 def test_a_vocabulary_that_is_nowhere_is_named(tmp_path):
     path = tmp_path / "x.safetensors"
     shutil.copy(file("sd1"), path)
@@ -613,6 +635,7 @@ JOINED = "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_bias"
 REFUSED = {
     "inpainting": ("sd1", channels(9), "an inpainting model"),
     "pix2pix": ("sd1", channels(8), "an InstructPix2Pix"),
+    "unclip": ("sd2", lambda x: x | {"noise_augmentor.betas": torch.zeros(4)}, "an unCLIP model"),
     "half an upscaler": ("sd1", channels(7), "not a text-to-image model: its UNet takes 7 channels"),
     "refiner": ("sdxl", refiner, "the refiner of Stable Diffusion XL"),
     "playground": ("sdxl", lambda x: x | {"edm_mean": torch.zeros(4)}, "Playground v2.5"),

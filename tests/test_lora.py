@@ -1,6 +1,7 @@
 """LoRA: a sum of weights, live or merged; files that diffusers and kohya's programs share; runs that repeat themselves."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def lora_of(base: Path, folder: Path, targets="all", texts=True, **options) -> t
     networks = minibooth.load(base).networks
     parts = [name for name in networks if name == "unet" or texts and name.startswith("text")]
     made = {name: adapters(networks[name], targets, seed=i, **options) for i, name in enumerate(parts)}
-    files.write(folder, "kohya.safetensors", made, {"ss_network_dim": "4"})
+    files.write(folder, "kohya.safetensors", made, Source.open(base), {"ss_network_dim": "4"})
     return folder / files.DIFFUSERS, folder / "kohya.safetensors"
 
 
@@ -252,6 +253,22 @@ def test_older_names_are_read(name, sd1, tmp_path):
     assert all(torch.equal(a, b) for key, pair in flat(found).items() for a, b in zip(pair, flat(expected)[key], strict=True))
 
 
+@pytest.mark.parametrize("model", ["sd1", "sd2"])
+def test_a_1x1_convolution_may_be_a_linear_layer_elsewhere(model, request, tmp_path):
+    """As kohya's program has SD 2's proj_in, which is linear here, and some others SD 1's, which is a convolution."""
+    base = request.getfixturevalue(model)
+    _, kohya = lora_of(base, tmp_path, "all", texts=False)
+    tensors = load_file(kohya)
+    turned = {
+        key: x[..., None, None] if x.dim() == 2 else x.flatten(1) if x.shape[2:] == (1, 1) else x for key, x in tensors.items()
+    }
+    save_file(turned, tmp_path / "turned.safetensors")
+    assert {x.dim() for x in turned.values()} == {0, 2, 4}
+    expected, found = (flat(files.read(path, Source.open(base))) for path in (kohya, tmp_path / "turned.safetensors"))
+    assert all(torch.equal(a, b) for key, pair in found.items() for a, b in zip(pair, expected[key], strict=True))
+    assert found.keys() == expected.keys()
+
+
 def flat(loras: files.Adapters) -> dict[str, tuple[torch.Tensor, ...]]:
     return {
         f"{part}.{layer}": (x.down, x.up, torch.tensor(x.scale)) for part, found in loras.items() for layer, x in found.items()
@@ -288,7 +305,7 @@ def test_a_lora_for_another_base_names_the_first_key_that_does_not_fit(sd1, sd2,
         line = error(generate, ["--model", sd1, "--prompt", "x", "--lora", path, "--output_dir", tmp_path / "out"], capsys)
         assert str(path) in line and "attn2" in line.replace(".", "_") and "needs [rank, 24]" in line
     for path in lora_of(sdxl, tmp_path / "sdxl"):
-        with pytest.raises(UserError, match=r"LoRA for another base: .*(lora|te2|text_encoder_2|transformer_blocks)"):
+        with pytest.raises(UserError, match=r"LoRA for another base.*(lora|te2|text_encoder_2|transformer_blocks)"):
             minibooth.load(sd1).load_lora(path)
 
 
@@ -320,7 +337,7 @@ SPOILED = {
     "one half": (rewritten(lambda tensors: {k: x for k, x in tensors.items() if "lora_up" not in k}), "lacks its down or up"),
     "DoRA": (rewritten(lambda tensors: tensors | {"lora_unet_x.dora_scale": torch.ones(1)}), "lora_unet_x.dora_scale"),
     "LoHa": (rewritten(lambda tensors: {"lora_unet_x.hada_w1_a": torch.ones(1)}), "lora_unet_x.hada_w1_a"),
-    "unknown": (rewritten(lambda tensors: tensors | {"lora_unet_x.alpha": torch.ones(())}), "no layer for its"),
+    "unknown": (rewritten(lambda tensors: tensors | {"lora_unet_x.alpha": torch.ones(())}), "no layer here has lora_unet_x."),
     "one dimension": (rewritten(lambda tensors: tensors | {UP: torch.ones(16)}), "is [16], but"),
     "no dimension": (rewritten(lambda tensors: tensors | {UP: torch.ones(())}), "is [], but"),
     "another rank": (rewritten(lambda tensors: tensors | {UP: torch.ones(16, 9)}), "no common rank"),
@@ -523,7 +540,10 @@ def test_other_models_train_too(name, version, v2, texts, request, tmp_path):
     still = {"to_q", "to_k"}  # a softmax over the one place of the lowest level does not feel them
     assert all(layer.split(".")[-1] in still for layer in found["unet"].keys() - moved) and len(moved) > len(found["unet"]) / 2
     kohya = output / "output.safetensors"
-    assert {"_".join(key.split("_")[:2]) for key in load_file(kohya)} == {"lora_unet"} | texts
+    names = load_file(kohya).keys()
+    assert {"_".join(key.split("_")[:2]) for key in names} == {"lora_unet"} | texts
+    layout = "down_blocks|mid_block|up_blocks" if name == "sd2" else "input_blocks|middle_block|output_blocks"  # the LDM one
+    assert all(re.match(f"lora_te|lora_unet_({layout})_", key) for key in names)
     said = metadata(kohya)
     assert (said["ss_base_model_version"], said["ss_v2"]) == (version, v2)
 

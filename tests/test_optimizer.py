@@ -1,5 +1,8 @@
 """AdamW gives torch's numbers, or what is near in fewer bits: in slices, in the backward pass, through a checkpoint alike."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -171,6 +174,17 @@ def test_in_the_backward_pass_gradients_are_never_all_there(monkeypatch):
     monkeypatch.setattr(AdamW, "advance", counted)
     walk(modules, optimizer, range(1))
     assert counts == [1] * 6 + [0, 0]  # of six parameters, and `step`'s two groups
+
+
+def test_an_optimizer_in_the_backward_pass_goes_with_its_parameters():
+    """So that the paper's second step has the memory of the first."""
+    modules = networks()
+    optimizer = adamw(modules)
+    optimizer.step_in_backward()
+    left = [weakref.ref(x) for x in (optimizer, *parameters(modules))]
+    del optimizer, modules
+    gc.collect()
+    assert not any(each() is not None for each in left)
 
 
 # ---- eight bits

@@ -79,7 +79,7 @@ def rank(folder: Path) -> None:
         return step(self, n)
 
     torch.distributed.init_process_group("gloo")
-    parallel.dist.init_process_group = parallel.dist.destroy_process_group = lambda *args: None  # once for all runs
+    parallel.dist.init_process_group = parallel.dist.destroy_process_group = lambda *args, **how: None  # once for all runs
     Trainer.sample, Trainer.step, prior.save_png = recorded, mortal, drawn
     for table, key, value in FEW:
         table[key] = value
@@ -249,6 +249,17 @@ def test_what_many_cannot_do_is_refused_first(processes, changes, problem, monke
             monkeypatch.setenv(name, str(value))
     with pytest.raises(UserError, match=problem), parallel.start(Settings(**changes), torch.device("cpu")):
         pass
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:1", "cpu"])
+def test_alone_a_gpu_that_is_named_is_made_the_current_one(name, monkeypatch):
+    """On which a CUDA graph is recorded: on another it would be empty, and every replay the same."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    with parallel.start(Settings(), torch.device(name)) as ranks:
+        assert ranks.device == torch.device(name)
+    assert chosen == [torch.device(name)] * (name == "cuda:1")
 
 
 @pytest.mark.parametrize("value", ["2", "two"])

@@ -1,6 +1,7 @@
 """The command takes diffusers' command lines, leaves what diffusers opens, and tells a mistake in one line."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import types
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -484,10 +486,45 @@ def test_an_interrupt_while_class_pictures_are_drawn_says_how_to_go_on(tmp_path,
     ],
     ids=str,
 )
-def test_the_precision_is_what_was_asked_for_or_suits_the_device(asked, device, computes, draws, tmp_path):
+def test_the_precision_is_what_was_asked_for_or_suits_the_device(asked, device, computes, draws, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     settings = small(tmp_path, with_prior_preservation=True, class_prompt="a dog", **asked)
     made = train.trainer(settings, Ranks(torch.device(device)))
     assert (made.dtype, made.prior_dtype) == (computes, draws)
+
+
+@pytest.mark.parametrize(
+    "asked, device, told",
+    [
+        ({"mixed_precision": "bf16"}, "cuda", "no units for bf16: take --mixed_precision fp16"),
+        ({"rank": 2, "lora_dropout": 0.1, "gradient_checkpointing": True}, "mps", "leave out one of them"),
+    ],
+    ids=["bf16", "dropout"],
+)
+def test_what_a_device_cannot_do_is_refused(asked, device, told, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    with pytest.raises(UserError, match=told):
+        train.trainer(small(tmp_path, **asked), Ranks(torch.device(device)))
+    train.trainer(small(tmp_path, **asked), Ranks(torch.device("cpu")))
+
+
+def test_the_first_steps_memory_is_free_in_the_second(tmp_path, monkeypatch):
+    """Though a Graph, which a GPU has, holds the Trainer that holds it."""
+    made = []
+
+    class Kept(trainer_module.Trainer):
+        def prepare(self):
+            assert all(run() is None for run in made)
+            made.append(weakref.ref(self))
+            super().prepare()
+            self.update = functools.partial(self.update)
+
+    monkeypatch.setattr(train, "Trainer", Kept)
+    settings = small(tmp_path, max_train_steps=1, fused_backward_pass=True, max_grad_norm=0.0)
+    later = dataclasses.replace(settings, output_dir=str(tmp_path / "later"))
+    for each in (settings, later):
+        train.train(each, Ranks(torch.device("cpu")))
+    assert len(made) == 2
 
 
 def test_settings_are_all_flags():

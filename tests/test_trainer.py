@@ -1,6 +1,7 @@
 """A run repeats itself bit for bit, however often it is stopped, watched or cut into smaller batches."""
 
 import errno
+import fcntl
 import functools
 import gc
 import json
@@ -190,6 +191,15 @@ def test_a_finished_run_without_a_checkpoint_is_not_done_again(tmp_path, capsys)
 def test_a_folder_has_one_run_at_a_time(tmp_path):
     with trainer(small(tmp_path)).journal.claimed(), pytest.raises(UserError, match="another run is going on in"):
         trainer(small(tmp_path)).journal.claimed().__enter__()
+
+
+def test_a_file_system_without_locks_stops_no_run(tmp_path, monkeypatch):
+    def lacking(*args):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", lacking)
+    with trainer(small(tmp_path)).journal.claimed():
+        pass
 
 
 def test_processes_that_see_different_folders_are_refused(tmp_path):

@@ -85,6 +85,9 @@ class Tensors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._places)
 
+    def __deepcopy__(self, memo: Any) -> "Tensors":
+        return self  # what it reads does not change
+
 
 class View(Mapping[str, Tensor]):
     """Tensors of another mapping under other names and in other forms: {name: how to make it of those}, when asked for."""
@@ -178,13 +181,14 @@ def write_weights(
 ) -> None:  # fmt: skip
     """Write one safetensors file, tensor by tensor: no more than one is read at a time.
 
-    Each gets the dtype that `like` has it in; a floating-point one gets `dtype`, where that is given.
+    Each gets the dtype that `like` has it in; a floating-point one gets `dtype`, where that is given, but for a single file's
+    schedule (betas, alphas_cumprod, ...), whose names have no dot: it would be spoilt.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     shapes, dtypes, end = meta(tensors), {}, 0
     for name, tensor in shapes.items():
         own = meta(like)[name].dtype if like and name in like else tensor.dtype
-        dtypes[name] = dtype if dtype and own.is_floating_point else own
+        dtypes[name] = dtype if dtype and own.is_floating_point and "." in name else own
     order = sorted(shapes, key=lambda name: (-dtypes[name].itemsize, name))  # so that each starts at a multiple of its item's
     for name in order:
         start, end = end, end + shapes[name].numel() * dtypes[name].itemsize

@@ -2,7 +2,8 @@
 
 `places` says where each tensor of a network of ours stands in such a file; reading and writing both follow from it. The
 file has no configuration: `recognise` and `describe` infer from names and shapes what the folder layout would say. Where that
-is not what a model means, a file of ours holds the folder's own words in its metadata, under `OURS` and their file's name.
+is not what a model means, a file of ours holds the folder's own words in its metadata, under `OURS` and their file's name; so
+it does the tokenizers.
 """
 
 import functools
@@ -70,9 +71,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 OURS = "minibooth."
 MARKS = {"v_pred": ("prediction_type", "v_prediction"), "ztsnr": ("rescale_betas_zero_snr", True)}  # empty tensors
 SUPPORTED = "single files of Stable Diffusion 1, 2, XL (base) and x4"
-OTHERS = {9: "an inpainting model", 8: "an InstructPix2Pix model"}  # by the UNet's input channels
-EDM = {"edm_mean": "Playground v2.5", "edm_vpred.sigma_max": "CosXL"}  # by a key: XL's networks, on other noise
-LORA = re.compile(r"^lora_(unet|te\d?)_|\.lora_?([AB]|down|up)\b|\.lora\.(down|up)\.")
+OTHERS = {9: "an inpainting model", 8: "an InstructPix2Pix or video model"}  # by the UNet's input channels
+ALIKE = {"edm_mean": "Playground v2.5", "edm_vpred.sigma_max": "CosXL", "noise_augmentor.betas": "an unCLIP model"}  # by a key
+LORA = re.compile(r"^lora_(unet|te\d?)_|\.lora_?([AB]|down|up)\b|[._]lora\.(down|up)\.|\.lora_linear_layer\.")
 LINEAR = ".model.text_projection.weight"  # as diffusers' script for XL writes it, like a linear layer's
 SD2_LAYERS = 23  # of its text encoder's 24 that anything is made of, and that the published folders hold
 END = 49407  # CLIP's end token; behind it are tokens that were added
@@ -260,7 +261,7 @@ def recognise(path: Path, file: Mapping[str, Tensor]) -> str:
         found = f"a file of another kind: its names begin with {', '.join(beginnings) or 'nothing'}"
     elif stem.shape[1] in OTHERS:
         found = OTHERS[stem.shape[1]]
-    elif others := [model for key, model in EDM.items() if key in file]:
+    elif others := [model for key, model in ALIKE.items() if key in file]:
         found = others[0]
     elif has("conditioner.embedders.0.model.") and not has("conditioner.embedders.1."):
         found = "the refiner of Stable Diffusion XL"
@@ -316,9 +317,8 @@ def describe(path: Path, file: Mapping[str, Tensor], prediction_type: str, own: 
         unet["upcast_attention"] = unet["use_linear_projection"]  # SD 2
     unet |= family.unet
     large = unet.get("upcast_attention") and prediction_type == "v_prediction"  # SD 2 as trained on
-    unet["sample_size"] = 96 if large else family.sample_size
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    vae |= dict(scaling_factor=family.scaling_factor, sample_size=factor * unet["sample_size"])
+    unet["sample_size"] = size = 96 if large else family.sample_size
+    vae |= dict(scaling_factor=family.scaling_factor, sample_size=size * 2 ** (len(vae["block_out_channels"]) - 1))
 
     schedulers = {"scheduler": dict(family.scheduler)}
     if "ztsnr" in file:

@@ -3,9 +3,9 @@
     diffusers   unet.mid_block.attentions.0.proj_in.lora_A.weight                  .lora_B.weight
     kohya       lora_unet_mid_block_attentions_0_proj_in.lora_down.weight          .lora_up.weight      .alpha
 
-Kohya's names do not tell a dot from an underscore, and his for XL are the LDM layout's: both are looked up among the names
-of our own networks' layers, never guessed. A layer's update is alpha / rank * up @ down. A missing alpha means the rank, as
-kohya's own reader (networks/lora.py, create_network_from_weights), diffusers, A1111 and ComfyUI take it.
+Kohya's names do not tell a dot from an underscore, and his for XL's UNet are the LDM layout's: both are looked up among the
+names of our own networks' layers, never guessed. A layer's update is alpha / rank * up @ down. A missing alpha means the
+rank, as kohya's own reader (networks/lora.py, create_network_from_weights), diffusers, A1111 and ComfyUI take it.
 """
 
 import collections
@@ -72,12 +72,13 @@ def read(path: str | Path, source: Source, weight: float = 1.0) -> Adapters:
             if not match:
                 raise UserError(f"{path}: {key} is no part of a LoRA as it is known here (lora_A or down, lora_B or up, alpha)")
             if name not in known:
-                raise UserError(f"{path} is a LoRA for another base: this model has no layer for its {key} {[*tensor.shape]}")
+                raise UserError(f"{path} is a LoRA for another base, or has unknown names: no layer here has {key}")
             part, layer, (outputs, *inputs) = known[name]
             end = "down" if match["down"] else "up" if match["up"] else "alpha"
             ones: list[Any] = [1] * (len(inputs) - 1)
-            shapes = {"down": ["rank", *inputs], "up": [outputs, "rank", *ones], "alpha": [1] * tensor.dim()}
-            needed = shapes[end]
+            if tensor.dim() > 1 and tensor.shape[2:].numel() == 1:  # a 1 x 1 convolution is a linear layer elsewhere
+                tensor = tensor.reshape(*tensor.shape[:2], *ones)
+            needed = {"down": ["rank", *inputs], "up": [outputs, "rank", *ones], "alpha": [1] * tensor.dim()}[end]
             if [*tensor.shape] != [n if own == "rank" else own for own, n in itertools.zip_longest(needed, tensor.shape)]:
                 shape = f"{part}.{layer} of this model needs [{', '.join(map(str, needed))}]"
                 raise UserError(f"{path} is a LoRA for another base: its {key} is {[*tensor.shape]}, but {shape}")
@@ -117,16 +118,16 @@ def said(config: Mapping[str, Any], part: str, layer: str, rank: int) -> float:
     return alpha * rank**0.5 if config.get(f"{part}.use_rslora") else alpha
 
 
-def write(folder: Path, name: str, adapters: Adapters, metadata: Mapping[str, str]) -> None:
-    """Both files: `DIFFUSERS`, and kohya's under `name`, exact and with alpha and metadata.
+def write(folder: Path, name: str, adapters: Adapters, source: Source, metadata: Mapping[str, str]) -> None:
+    """Both files, for the checkpoint `source`: `DIFFUSERS`, and kohya's under `name`, exact and with alpha and metadata.
 
     Not every reader of diffusers' layout knows an alpha, so there it is multiplied into lora_B and the same as the rank.
     """
     theirs, kohya = dict[str, Tensor](), dict[str, Tensor]()
+    of_xl = {place[:2]: name for name, place in spellings(source)} if "XL" in source.kind else {}  # the last: the LDM layout's
     for part, updates in adapters.items():
-        prefix = PREFIXES[part]["text_encoder_2" in adapters and part == "text_encoder"]
         for layer, adapter in updates.items():
-            path, flat = f"{part}.{layer}.lora", f"{prefix}_{layer.replace('.', '_')}"
+            path, flat = f"{part}.{layer}.lora", of_xl.get((part, layer), f"{PREFIXES[part][0]}_{layer.replace('.', '_')}")
             theirs |= {f"{path}_A.weight": adapter.down, f"{path}_B.weight": adapter.scale * adapter.up}
             kohya |= {f"{flat}.lora_down.weight": adapter.down, f"{flat}.lora_up.weight": adapter.up}
             kohya[f"{flat}.alpha"] = torch.tensor(float(adapter.alpha))

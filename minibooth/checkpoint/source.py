@@ -64,7 +64,7 @@ RENAMES = (
     (re.compile(r"\.value\."), ".to_v."),
     (re.compile(r"\.proj_attn\."), ".to_out.0."),
 )
-DROPPED = re.compile(r"embeddings\.position_ids$")
+DROPPED = re.compile(r"embeddings\.position_ids$|^logit_scale$")
 
 
 def published_name(name: str) -> str:
@@ -106,6 +106,8 @@ class Source:
         tokenizer: the folder to take the vocabulary from. ema: of a single file, the averaged weights. Raises UserError
         where something is missing, damaged or of another kind, or cannot be had from the hub.
         """
+        if not str(source):  # which Path would take for this folder
+            raise UserError("the model's name is empty")
         path = Path(source)
         if path.suffix in (".safetensors", *files.PICKLES) and path.is_file():
             return cls._of_file(path, tokenizer, ema, prediction_type)
@@ -123,12 +125,10 @@ class Source:
         if tokenizer:
             self._take(vocabulary(path, tokenizer))
         if prediction_type:
-            schedule = self.json(SCHEDULE) | {"prediction_type": prediction_type}
-            self.small[SCHEDULE] = json.dumps(schedule, indent=2).encode()
+            self.small[SCHEDULE] = json.dumps(self.json(SCHEDULE) | {"prediction_type": prediction_type}, indent=2).encode()
         having = [name for name in KINDS[self.kind] if variant in variants(folder, name)]
         for name in KINDS[self.kind]:  # where one has the variant, others may lack it
-            own = variant if name in having or not having else None
-            tensors = files.weights_of(folder / name, COMPONENTS[name].stem, own)
+            tensors = files.weights_of(folder / name, COMPONENTS[name].stem, variant if name in having or not having else None)
             names = {published_name(key): key for key in tensors if not DROPPED.search(key)}
             self.weights[name] = files.renamed(tensors, names)
         return self
@@ -140,7 +140,9 @@ class Source:
         shapes = files.meta(tensors)
         own = {key.removeprefix(ldm.OURS): metadata.pop(key) for key in [*metadata] if key.startswith(ldm.OURS)}
         self = cls(str(path), ldm.describe(path, shapes, known or "epsilon", own), metadata=metadata)
-        self._take(vocabulary(path, tokenizer))
+        self.small |= (words := {name: text.encode() for name, text in own.items() if name.startswith("tokenizer")})
+        if tokenizer or not words:
+            self._take(vocabulary(path, tokenizer))
         places = {name: self.places(name) for name in KINDS[self.kind]}
         self.weights = {name: ldm.read(where, tensors) for name, where in places.items()}
         used = {each.name for where in places.values() for each in where.values()}
@@ -169,8 +171,7 @@ class Source:
         context = self.build("text_encoder", torch.bfloat16)(self.tokenizer()([""]))
         unet = self.build("unet", torch.bfloat16)
         x = torch.randn((1, unet.config.in_channels, 32, 32), generator=torch.Generator().manual_seed(0))
-        last = self.json(SCHEDULE)["num_train_timesteps"] - 1
-        answer = unet(x.bfloat16(), last, context).float()
+        answer = unet(x.bfloat16(), self.json(SCHEDULE)["num_train_timesteps"] - 1, context).float()
         share = ((answer * x).sum() / x.square().sum()).item()
         found = "epsilon" if share > 0.5 else "v_prediction"
         print(f"{self.name} predicts {found} (its answer to noise holds {share:.2f} of it); --prediction_type overrules this")
@@ -237,21 +238,16 @@ class Source:
         path: a folder, or x.safetensors for an LDM single file. Every tensor gets the dtype it was read in, or `dtype`, so
         that what was not trained comes back bit for bit; of a single file in a single file, what we do not use does too.
         Parts of a folder that we do not read, the safety checker for one, become null in model_index.json. Raises UserError
-        where what was read does not fit together.
+        where what was read does not fit together, and for a file of another kind.
         """
+        if path.suffix != ".safetensors" and path.suffix.lower() in (*files.PICKLES, ".safetensors"):
+            raise UserError(f"a single file is written as {path.with_suffix('.safetensors')}, not as {path.name}")
         for name, read in self.weights.items():
             network = self.skeleton(name)
             for state in (read, weights.get(name, read)):
                 check(network, state, f"{self.name}: {name}")
         states = {name: weights.get(name, read) for name, read in self.weights.items()}
         (self._save_file if path.suffix == ".safetensors" else self._save_folder)(path, states, dtype)
-
-    def save_vocabulary(self, folder: Path) -> None:
-        """Write tokenizer/, which is looked for beside a single file."""
-        (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
-        for path in (f"tokenizer/{name}" for name in VOCABULARY):
-            if path in self.small:
-                (folder / path).write_bytes(self.small[path])
 
     def _save_folder(self, folder: Path, states: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype | None) -> None:
         index = self.json(INDEX)
@@ -270,8 +266,7 @@ class Source:
     def _save_file(self, path: Path, states: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype | None) -> None:
         places, schedule = {name: self.places(name) for name in states}, self.json(SCHEDULE)
         marks = ldm.marks(schedule) if self.kind == "StableDiffusionXLPipeline" else {}
-        kept = {name: name for name in self.rest if name not in ldm.MARKS or name in marks}
-        rest = files.renamed(self.rest, kept), marks
+        rest = files.renamed(self.rest, {name: name for name in self.rest if name not in ldm.MARKS or name in marks}), marks
 
         def whole(parts: Mapping[str, Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
             return ChainMap(*(ldm.write(places[name], part) for name, part in parts.items()), *rest)  # type: ignore[arg-type]
@@ -279,8 +274,9 @@ class Source:
         predicts = str(schedule.get("prediction_type") or "epsilon")
         told = Source(str(path), ldm.describe(path, files.meta(whole(self.weights)), predicts))
         odd = {ldm.OURS + name: json.dumps(self.json(name)) for name in told.small if told.meaning(name) != self.meaning(name)}
+        words = {ldm.OURS + name: self.small[name].decode() for name in sorted(self.small) if name.startswith("tokenizer")}
         says = {"modelspec.prediction_type": predicts.removesuffix("_prediction")}
-        files.write_weights(path, whole(states), whole(self.weights), dtype, {**self.metadata, **says, **odd})
+        files.write_weights(path, whole(states), whole(self.weights), dtype, {**self.metadata, **says, **odd, **words})
 
 
 def fill(network: nn.Module, weights: Mapping[str, Tensor], name: str, dtype: torch.dtype, device: torch.device | str) -> Any:
@@ -360,8 +356,7 @@ def snapshot(repository: str, patterns: list[str], revision: str | None = None, 
     """A hub repository's files; `cached`: only those already here. Raises UserError with the reason where it cannot be had."""
     from huggingface_hub import snapshot_download  # half a second
 
-    wanted = f"{repository} is no folder here, and could not be had from the hub"
-    with refusals(wanted, "mend its name, or try again"):
+    with refusals(f"{repository} is no folder here, and could not be had from the hub", "mend its name, or try again"):
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, local_files_only=cached))
 
 

@@ -40,9 +40,8 @@ def to_image(pixels: Tensor) -> Image.Image:
     Raises UserError for values that are no numbers, such as a network leaves that overflows.
     """
     if not pixels.isfinite().all():
-        raise UserError(
-            "a picture is not finite: compute in fp32 or bf16 (--dtype, in training --mixed_precision), or take other weights"
-        )
+        remedy = "compute in fp32 or bf16 (--dtype; in training see the flags of precision), or take other weights"
+        raise UserError(f"a picture is not finite: {remedy}")
     levels = (pixels.detach().float() + 1).mul_(127.5).round_().clamp_(0, 255)
     return Image.fromarray(levels.byte().permute(1, 2, 0).cpu().numpy())
 

@@ -175,8 +175,8 @@ def trajectory(
     """x after each of the sampler's steps; `sample` says what goes in."""
     if sampler not in SAMPLERS:
         raise UserError(f"no sampler is named {sampler!r}; there are {', '.join(SAMPLERS)}")
-    if eta and sampler != "ddim":
-        raise UserError(f"eta={eta} is ddim's; {sampler} has none")
+    if eta and (sampler != "ddim" or not 0 < eta <= 1):
+        raise UserError(f"eta={eta}: ddim's is from 0 to 1, and other samplers have none")
     if USUAL[sampler].keys() - scheduler.config.keys():
         scheduler = DDPMScheduler.from_config(USUAL[sampler] | scheduler.config)
 

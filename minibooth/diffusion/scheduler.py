@@ -138,9 +138,9 @@ class DDPMScheduler:
         """The scheduler that a scheduler_config.json's content describes, whichever class wrote it."""
         return cls(config)
 
-    def _at(self, t: Tensor, device: torch.device) -> Tensor:
+    def _at(self, t: Tensor | int, device: torch.device) -> Tensor:
         self.alphas_cumprod = self.alphas_cumprod.to(device)  # kept there: a copy every step would stall the device
-        return self.alphas_cumprod[t.to(device)]
+        return self.alphas_cumprod[torch.as_tensor(t, device=device)]
 
     def _scales(self, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(a_t) and sqrt(1 - a_t) as [B, 1, ...] in x0's dtype."""

@@ -59,14 +59,14 @@ class StableDiffusion(Pipeline):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         if latents is None:
             latents = gaussian((B, self.channels, *self.latent_size(height, width)), generators)
-        elif latents.shape[:2] != (B, self.channels):
+        elif latents.dim() != 4 or latents.shape[:2] != (B, self.channels):
             raise UserError(f"latents {[*latents.shape]} do not fit {B} pictures of {self.channels} channels")
         H, W = (side * self.factor for side in latents.shape[2:])
         sizes = torch.tensor([[H, W, 0, 0, H, W]], device=self.device)
         told = [self.with_sizes(each, sizes) for each in (unconditional, condition) if each]
         conditions = [tuple(each.expand(B, *each.shape[1:]) for each in parts) for parts in told]
         latent = self.denoise(self.guided(conditions, guidance_scale), latents, steps, sampler, generators)
-        return [to_image(picture) for picture in self.decode(latent)]
+        return [to_image(self.decode(each)[0]) for each in latent.split(1)]  # one by one: it takes more memory than the UNet
 
     def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """h and w of a picture's latent; the model's own for None. Raises UserError for sides not divisible by 8."""

@@ -10,9 +10,8 @@ from torch import Tensor
 from minibooth.diffusion.images import to_rgb, to_tensor
 from minibooth.errors import UserError
 
-INTERPOLATION = {
-    name: Image.Resampling[name.upper()] for name in ("lanczos", "bilinear", "bicubic", "box", "hamming", "nearest")
-}
+FILTERS = "lanczos", "bilinear", "bicubic", "box", "hamming", "nearest"
+INTERPOLATION = {name: Image.Resampling[name.upper()] for name in FILTERS}
 # Photographs that Pillow cannot open. A camera's raw file may open all the same: as a TIFF that holds the thumbnail.
 RAW = {".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".rw2"}
 UNREADABLE = {".heic", ".heif", ".jxl"} | RAW

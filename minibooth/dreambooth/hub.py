@@ -45,7 +45,6 @@ def push(settings: Settings) -> huggingface_hub.RepoUrl:
     with refusals(f"the model is in {folder}, but could not be uploaded", "see --hub_token"):
         api, card = huggingface_hub.HfApi(token=settings.hub_token), model_card(settings, repository.repo_id)
         api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=repository.repo_id)
-        api.upload_folder(
-            repo_id=repository.repo_id, folder_path=folder, commit_message="End of training", allow_patterns=patterns
-        )
+        name, words = repository.repo_id, "End of training"
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message=words, allow_patterns=patterns)
     return repository

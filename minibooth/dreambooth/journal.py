@@ -85,6 +85,8 @@ class Journal:
             fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another run is going on in {self.folder}: choose another --output_dir") from None
+        except OSError:
+            pass  # no locks there
         try:
             yield
         finally:

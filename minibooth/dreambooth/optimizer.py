@@ -13,6 +13,7 @@ import collections
 import functools
 import itertools
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -63,15 +64,16 @@ class AdamW(torch.optim.Optimizer):
 
     def step_in_backward(self) -> None:
         """From now on update a parameter, and drop its gradient, as soon as that is whole."""
+        own = weakref.proxy(self)  # what a parameter's hook holds, Python does not see, and would never free
 
         @torch.no_grad()
-        def now(p: Tensor, group: dict[str, Any]) -> None:
-            self.advance([p], group)
+        def now(p: Tensor, number: int) -> None:
+            own.advance([p], own.param_groups[number])
             p.grad = None
 
-        for group in self.param_groups:
+        for number, group in enumerate(self.param_groups):
             for p in group["params"]:
-                p.register_post_accumulate_grad_hook(functools.partial(now, group=group))
+                p.register_post_accumulate_grad_hook(functools.partial(now, number=number))
 
     def fresh(self, p: Tensor) -> dict[str, Tensor]:
         """A parameter's state before its first step."""
@@ -96,7 +98,11 @@ class AdamW(torch.optim.Optimizer):
         if plain := kinds[True]:
             first, second, steps = ([self.state[p][name] for p in plain] for name in (*SIGNED, "step"))
             how = dict(lr=rate, beta1=beta1, beta2=beta2, weight_decay=decay, eps=epsilon, amsgrad=False, maximize=False)
-            torch._fused_adamw_(plain, [p.grad for p in plain], first, second, [], steps, **how, grad_scale=excess)
+            grads = [p.grad for p in plain]
+            if excess is not None and excess.device.type == "mps":  # its kernel of torch 2.11 does not look at grad_scale
+                torch._foreach_div_(grads, excess)
+                excess = None
+            torch._fused_adamw_(plain, grads, first, second, [], steps, **how, grad_scale=excess)
         for p in kinds[False]:
             row, key = p[0].numel(), self.keys[p]
             least = BLOCK // math.gcd(BLOCK, row)  # rows that are whole blocks

@@ -12,6 +12,7 @@ import os
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from minibooth.errors import UserError
 from minibooth.models.blocks import ResnetBlock, Transformer, Upsample
 from minibooth.models.clip import Layer
 
+WAIT = timedelta(hours=2)  # for another process, such as the one that writes a checkpoint
 BLOCKS = ResnetBlock | Transformer | Upsample | Layer  # what is sharded, or computed again, as one
 
 
@@ -171,6 +173,8 @@ def start(settings: Settings, device: torch.device) -> Iterator[Ranks]:
     if settings.parallel and not count:
         raise UserError(f"--parallel {settings.parallel} needs many: torchrun --nproc-per-node 2 -m minibooth.train ...")
     if count < 2:
+        if device.index is not None:
+            torch.cuda.set_device(device)  # a `Graph` records what is started on the current one
         yield Ranks(device)
         return
     refused = {
@@ -190,7 +194,8 @@ def start(settings: Settings, device: torch.device) -> Iterator[Ranks]:
     if device.type == "cuda":
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    nccl = device.type == "cuda" and dist.is_nccl_available()  # Windows has none
+    dist.init_process_group("nccl" if nccl else "gloo", timeout=WAIT)
     with contextlib.ExitStack() as quiet:
         if dist.get_rank():
             nowhere = quiet.enter_context(open(os.devnull, "w"))

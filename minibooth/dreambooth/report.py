@@ -161,7 +161,5 @@ def chart(curves: Mapping[str, Points], width: int, height: int, mark: float | N
         parts.append(line(points, f"c{i}"))
         parts += [f'<circle class="c{i}" cx="{x}" cy="{y}" r="3"/>' for x, y in (at(*p) for p in points) if len(points) <= FEW]
         caption.append(f'<span class="c{i}">{escape(name)}</span> {points[0][1]:.3g} \u2192 {points[-1][1]:.3g}')
-    svg = (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(", ".join(drawn))} by step">{"".join(parts)}</svg>'
-    )
-    return f"<figure><figcaption>{' &ensp; '.join(caption)}</figcaption>{svg}</figure>\n"
+    about = f'viewBox="0 0 {width} {height}" role="img" aria-label="{escape(", ".join(drawn))} by step"'
+    return f"<figure><figcaption>{' &ensp; '.join(caption)}</figcaption><svg {about}>{''.join(parts)}</svg></figure>\n"

@@ -61,9 +61,7 @@ class Settings:
     rank: int = flag(0, "train a LoRA of this rank (4 is usual), with a learning rate of about 1e-4; 0: all weights", least=0)
     lora_alpha: float | None = flag(None, "alpha of the LoRA, which works in strength alpha / rank [the rank]", needs="rank")
     lora_dropout: float = flag(0.0, "share of a layer's inputs that its LoRA does not see in a training step", needs="rank")
-    lora_targets: str = flag(
-        "attention", "attention, or all linear ones and convolutions", choices=tuple(TARGETS), needs="rank"
-    )
+    lora_targets: str = flag("attention", "its layers: or all, linear and convolutions", choices=tuple(TARGETS), needs="rank")
     train_batch_size: int = flag(4, "subject pictures a step and process; for the prior as many of the class besides", least=1)
     num_train_epochs: int = flag(1, "passes over the pictures, where --max_train_steps is not given", least=1)
     max_train_steps: int | None = flag(None, "steps in all [--num_train_epochs]", least=1)

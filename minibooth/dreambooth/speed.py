@@ -11,6 +11,7 @@ import importlib.util
 import math
 import os
 import shutil
+import sysconfig
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,9 +37,13 @@ def compilable(settings: Settings, device: torch.device, pays: bool = False) -> 
 @functools.cache
 def compiler(kind: str) -> bool:
     """Whether there is what compiles for this kind of device, and a place to keep what it makes. Says in a line what lacks."""
-    name = os.environ.get("CXX", "g++")
-    missing = [name] * (not shutil.which(name)) + ["triton"] * (kind == "cuda" and not importlib.util.find_spec("triton"))
-    if missing:
+    name, gpu = os.environ.get("CXX", "g++"), kind == "cuda"
+    there = {
+        name: shutil.which(name), "Python.h": Path(sysconfig.get_path("include"), "Python.h").exists(),
+        "triton": not gpu or importlib.util.find_spec("triton"),
+        "a GPU of capability 7.0": not gpu or torch.cuda.get_device_capability() >= (7, 0),
+    }  # fmt: skip
+    if missing := [what for what, found in there.items() if not found]:
         print(f"not compiled, for lack of {' and '.join(missing)}: every step takes longer")
         return False
     caches = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))

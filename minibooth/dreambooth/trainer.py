@@ -256,7 +256,8 @@ class Trainer:
     def autocast(self) -> torch.autocast:
         """Into the working precision, where some weights are kept in another."""
         needed = self.dtype != torch.float32 and not self.settings.full_bf16
-        return torch.autocast(self.device.type, self.dtype, enabled=needed)
+        kept = self.device.type == "cpu"  # copies of weights, while a grid is drawn: a GPU soon has new ones
+        return torch.autocast(self.device.type, self.dtype, enabled=needed, cache_enabled=kept)
 
     def set_learning_rates(self, step: int) -> list[float]:
         """Give the optimizer this step's rates, one per trained network."""

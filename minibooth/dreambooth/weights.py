@@ -114,7 +114,7 @@ class Weights:
     def write_checkpoint(self, folder: Path, learnt: Learnt, steps: int) -> None:
         """With every bit, as `place` and `adapters` read it."""
         if self.lora:
-            lora_files.write(folder, KOHYA, learnt, self.about(steps))
+            lora_files.write(folder, KOHYA, learnt, self.pipe.source, self.about(steps))
             return
         for name, tensors in learnt.items():
             files.write_weights(folder / name / f"{COMPONENTS[name].stem}.safetensors", tensors)
@@ -130,11 +130,10 @@ class Weights:
         """The result: the whole pipeline, or diffusers' file and kohya's of a LoRA."""
         folder = Path(self.settings.output_dir)
         if self.lora:
-            lora_files.write(folder, f"{folder.resolve().name}.safetensors", learnt, self.about(steps))
-            return
-        self.pipe.source.save(self.result, learnt)  # the others as they were read, whatever they computed in
-        if self.result != folder:  # what a single file lacks
-            self.pipe.source.save_vocabulary(folder)
+            name = f"{folder.resolve().name}.safetensors"
+            lora_files.write(folder, name, learnt, self.pipe.source, self.about(steps))
+        else:
+            self.pipe.source.save(self.result, learnt)  # the others as they were read, whatever they computed in
 
     def about(self, steps: int) -> dict[str, str]:
         """What kohya's programs, A1111 and civitai show of a LoRA."""
