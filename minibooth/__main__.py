@@ -1,6 +1,7 @@
 """python -m minibooth: the commands, with a line on each."""
 
 import ast
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,4 +22,6 @@ def main(argv: Sequence[str] = ()) -> None:
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # nobody to read what is printed ends it quietly
     main(sys.argv[1:])

@@ -125,6 +125,7 @@ def ready_folder(folder: Path) -> None:
         raise UserError(f"{folder} is no folder that can be written ({error.strerror}): name another") from None
 
 
+MODEL = "a folder in the diffusers layout, a single file, or owner/name on the hub"
 SOURCE = "variant", "revision", "tokenizer", "prediction_type"
 
 
@@ -132,17 +133,14 @@ def source_flags(parser: Parser) -> None:
     """The flags that say how a model is read, SOURCE, as `load` and `Source.open` take them."""
     parser.add_argument("--variant", help="of the weights' files to read, such as fp16")
     parser.add_argument("--revision", help="of a model on the hub: branch, tag or commit")
-    tokenizer = "folder with CLIP's vocabulary, for a single file [tokenizer/ beside it, or the hub]"
-    parser.add_argument("--tokenizer", metavar="D", help=tokenizer)
-    predicts = "overrules what the model says of itself"
-    parser.add_argument("--prediction_type", choices=["epsilon", "v_prediction"], help=predicts)
+    parser.add_argument("--tokenizer", metavar="D", help="folder with CLIP's vocabulary [a single file's own, or the hub's]")
+    parser.add_argument("--prediction_type", choices=["epsilon", "v_prediction"], help="[what the model says of itself]")
 
 
 def lora_flags(parser: Parser) -> None:
     """The flags that name LoRAs: see `loras`."""
     parser.add_argument("--lora", nargs="+", default=[], metavar="L", help="LoRAs: files of diffusers' or kohya's, or folders")
-    weight = "the strength of all, or of each [1]"
-    parser.add_argument("--lora_weight", nargs="+", type=within(-1e3, 1e3), metavar="W", help=weight)
+    parser.add_argument("--lora_weight", nargs="+", type=within(-1e3, 1e3), metavar="W", help="strength of all, or of each [1]")
 
 
 def loras(flags: argparse.Namespace) -> list[tuple[str, float]]:
@@ -154,9 +152,9 @@ def loras(flags: argparse.Namespace) -> list[tuple[str, float]]:
 
 
 def normalise(argv: Sequence[str]) -> list[str]:
-    """Long flags with underscores: --num-images=4 becomes --num_images=4; values stay as they are."""
+    """Long flags with underscores: --num-images=4 becomes --num_images=4; values stay as they are, but for a leading ~."""
     flags = [word.partition("=") if word.startswith("--") else ("", "", word) for word in argv]
-    return [flag[:2] + flag[2:].replace("-", "_") + equals + value for flag, equals, value in flags]
+    return [flag[:2] + flag[2:].replace("-", "_") + equals + os.path.expanduser(value) for flag, equals, value in flags]
 
 
 def device(name: str | None = None) -> torch.device:

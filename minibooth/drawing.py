@@ -37,17 +37,14 @@ def parser(
     """The shared flags of the command `name`, whose model is that in weights/`embedded` where none is named."""
     parser = command.Parser(f"python -m minibooth.{name}", description)
     add = parser.add_argument
-    model = "a folder in the diffusers layout, a single file, or owner/name on the hub [embedded model]"
-    add("--model", default=str(WEIGHTS / embedded), help=model)
+    add("--model", default=str(WEIGHTS / embedded), help=f"{command.MODEL} [embedded model]")
     command.lora_flags(parser)
     add("--negative_prompt", default="", metavar="P", help="what to steer away from")
-    where = f"where they go, beside those there [{output_dir}]"
-    add("--output_dir", type=Path, default=Path(output_dir), metavar="D", help=where)
-    first = f"of the first picture; each further one adds 1 [{'drawn by lot' if seed is None else seed}]"
-    add("--seed", type=within(0, 2**63), default=seed, metavar="S", help=first)
+    add("--output_dir", type=Path, default=Path(output_dir), metavar="D", help=f"where they go [{output_dir}]")
+    usual = "by lot" if seed is None else seed
+    add("--seed", type=within(0, 2**63), default=seed, metavar="S", help=f"of the first picture; the next adds 1 [{usual}]")
     add("--steps", type=within(1), default=steps, help=f"of the sampler [{steps}]")
-    guidance = f"how strictly to follow the prompt; 1 turns it off [{guidance_scale}]"
-    add("--guidance_scale", type=within(-1e3, 1e3), default=guidance_scale, help=guidance)
+    add("--guidance_scale", type=within(-1e3, 1e3), default=guidance_scale, help=f"by the prompt; 1: none [{guidance_scale}]")
     add("--sampler", choices=[*SAMPLERS], help="[ddim; for XL euler]")
     add("--dtype", choices=["fp32", "fp16", "bf16"], help="what the networks compute in [fp16 on cuda, otherwise fp32]")
     add("--device", help="cuda, mps or cpu [the best there]")
@@ -84,8 +81,7 @@ def open_other(
 def save(picture: Image.Image, folder: Path, prefix: str, metadata: dict[str, str]) -> None:
     """Write a PNG under the first name after the last of those numbered there, 0007.png or grid-0002.png, and print it."""
     last, _ = max(numbered(folder, rf"{re.escape(prefix)}(\d+)\.png"), default=(-1, folder))
-    numbers = itertools.count(1 + last)
-    for path in (folder / f"{prefix}{number:04d}.png" for number in numbers):
+    for path in (folder / f"{prefix}{number:04d}.png" for number in itertools.count(1 + last)):
         with contextlib.suppress(FileExistsError):
             path.touch(exist_ok=False)  # from now on the name is ours: others may be drawing into the folder, too
             break

@@ -82,7 +82,8 @@ def complete(flags: argparse.Namespace) -> None:
         if not flags.identifier:
             raise UserError(f"--identifier is missing: the word for the subject in {prompt!r} (see --class_noun too)")
     flags.class_noun = flags.class_noun or noun or prompt.partition(f"{flags.identifier} ")[2]
-    flags.images = flags.images or said.get("instance_data_dir")
+    photographs = said.get("instance_data_dir")  # which may be meant from elsewhere
+    flags.images = flags.images or (photographs if photographs and Path(photographs).is_dir() else None)
     flags.resolution = flags.resolution or said.get("resolution")
     flags.prompts = flags.prompts or (TOY if embedded and not flags.live else PROMPTS)
     for name, usual in (TINY_EYES if embedded and Path(TINY_EYES["clip"]).is_dir() else PUBLISHED).items():
@@ -133,15 +134,13 @@ def measure(
         if clip:
             row["CLIP-T"] = agreement(seen["CLIP-I"], clip.texts([prompt]))
         if lpips and len(pictures) > 1:
-            device = next(lpips.parameters()).device
-            row["DIV"] = diversity(torch.stack([*map(to_tensor, pictures)]).to(device), lpips)
+            row["DIV"] = diversity(torch.stack([*map(to_tensor, pictures)]).to(next(lpips.parameters()).device), lpips)
         rows.append({"prompt": prompt, "folder": each.folder.name, **row})
     figures = means(rows)
     if eyes and of_class.pictures:
         column = next(iter(eyes))
         figures["PRES"] = likeness(eyes[column].images([*map(open_picture, of_class.pictures)]), known[column])
-    ceilings = {column: ceiling(x) for column, x in known.items() if len(real) > 1}
-    return {"figures": figures, "real": ceilings, "prompts": rows}
+    return {"figures": figures, "real": {name: ceiling(x) for name, x in known.items() if len(real) > 1}, "prompts": rows}
 
 
 def table(found: Mapping[str, Any]) -> str:

@@ -19,10 +19,8 @@ def parser() -> command.Parser:
     add("--height", type=command.within(1), help="in pixels, divisible by 8 [the model's own]")
     add("--width", type=command.within(1), help="in pixels, divisible by 8 [the model's own]")
     add("--batch_size", type=command.within(1), default=4, help="pictures drawn at a time; no picture depends on it [4]")
-    upscaler = "a super-resolution model that makes each picture four times as large, and LoRAs of it [none]"
-    add("--upscaler", nargs="+", default=[], metavar=("M", "L"), help=upscaler)
-    guidance = "how strictly it follows the prompt [9]"
-    add("--upscaler_guidance_scale", type=command.within(-1e3, 1e3), default=9.0, metavar="S", help=guidance)
+    add("--upscaler", nargs="+", default=[], metavar=("M", "L"), help="then a super-resolution model, and LoRAs of it [none]")
+    add("--upscaler_guidance_scale", type=command.within(-1e3, 1e3), default=9.0, metavar="S", help="its own [9]")
     add("--noise_level", type=command.within(0, 350), default=20, metavar="N", help="0 to 350: how freely it draws [20]")
     return parser
 

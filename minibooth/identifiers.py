@@ -11,8 +11,7 @@ from minibooth.dreambooth.identifier import rare_words
 def main(argv: Sequence[str]) -> None:
     """Print the rarest, with how far training has moved them; nothing but the text encoder is read."""
     parser = command.Parser("python -m minibooth.identifiers", __doc__)
-    model = "a folder in the diffusers layout, a single file, or owner/name on the hub"
-    parser.add_argument("--model", required=True, help=model)
+    parser.add_argument("--model", required=True, help=command.MODEL)
     command.source_flags(parser)
     parser.add_argument("--count", type=command.within(1), default=20, help="how many [20]")
     flags = parser.parse_args(command.normalise(argv))

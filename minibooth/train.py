@@ -76,14 +76,13 @@ def second_step(settings: Settings, given: Mapping[str, typing.Any] = {}) -> Set
     lora, embedded = LORA if settings.rank else {}, settings.upscaler == EMBEDDED["upscaler"]
     said = [name for name, value in given.items() if (EMBEDDED | lora).get(name) != value]
     own = {name: value for name, value in (SECOND | lora).items() if embedded and name not in said}
-    off = "with_prior_preservation", "train_text_encoder"
-    own |= {f.name: f.default for f in dataclasses.fields(Settings) if f.name in off or f.metadata.get("needs") in off}
+    off = {"with_prior_preservation", "train_text_encoder"}
+    own |= {f.name: f.default for f in dataclasses.fields(Settings) if off & {f.name, *f.metadata.get("needs", ())}}
     return dataclasses.replace(
-        settings, **own,
-        pretrained_model_name_or_path=settings.upscaler, upscaler="", stage="super_resolution",
-        variant=None, revision=None, prediction_type=None,
-        validation_prompt=settings.validation_prompt and settings.instance_prompt, metrics_model=None,
-        output_dir=str(Path(settings.output_dir) / "upscaler"), push_to_hub=False,
+        settings, **own, pretrained_model_name_or_path=settings.upscaler, upscaler="", stage="super_resolution",
+        variant=None, revision=None, prediction_type=None, metrics_model=None, push_to_hub=False,
+        validation_prompt=settings.validation_prompt and settings.instance_prompt,
+        output_dir=str(Path(settings.output_dir) / "upscaler"),
         resume_from_checkpoint=settings.resume_from_checkpoint and "latest",
     )  # fmt: skip
 
@@ -115,6 +114,8 @@ def train(settings: Settings, ranks: Ranks) -> tuple[str, list[str]]:
         print("\n".join(f"{name:>10}  {value}" for name, value in run.summary()), flush=True)
         if ranks.first:
             command.ready_folder(run.journal.folder)
+            if settings.with_prior_preservation and run.prior.missing:
+                command.ready_folder(run.prior.folder.parent)
         with run.journal.claimed() if ranks.first else contextlib.nullcontext():
             try:
                 run.train()

@@ -17,8 +17,13 @@ def parser() -> command.Parser:
     add("--images", nargs="+", required=True, type=Path, metavar="I", help="pictures of any size, or folders of such")
     add("--prompt", nargs="+", default=[""], metavar="P", help="what they show: one for all, or one for each [nothing]")
     add("--noise_level", type=command.within(0, 350), default=20, metavar="N", help="0 to 350: how freely to draw [20]")
-    tile = f"larger pictures are drawn in overlapping parts of so many pixels a side, to save memory [{TILE}]"
-    add("--tile", type=command.within(8), default=TILE, metavar="N", help=tile)
+    add(
+        "--tile",
+        type=command.within(8),
+        default=TILE,
+        metavar="N",
+        help=f"side of the parts drawn at a time, in pixels [{TILE}]",
+    )
     return parser
 
 

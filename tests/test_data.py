@@ -157,6 +157,15 @@ def test_every_16_bit_level_goes_to_the_nearest_of_8_bits(tmp_path):
     assert np.abs(got - levels / 65535 * 255).max() <= 0.5
 
 
+@pytest.mark.parametrize(
+    "levels", [np.arange(256, dtype=np.int32), np.array([-1, 300], np.int32), np.array([0.5, 1], np.float32)]
+)
+def test_grey_levels_of_unknown_range_are_refused(levels, tmp_path):
+    (tmp_path / "grey.tiff").write_bytes(encoded(Image.fromarray(levels[None]), "TIFF"))
+    with pytest.raises(UserError, match="grey levels of unknown range: convert it to 8 or 16 bits"):
+        open_picture(tmp_path / "grey.tiff")
+
+
 def see_through(mode: str) -> tuple[Image.Image, dict]:
     """Black everywhere, opaque on the left, transparent on the right."""
     alpha = Image.new("L", (8, 4), 0)

@@ -324,8 +324,10 @@ def test_models_of_other_programs(kit, tmp_path):
         ("a photo of sks", "", None),
     ],
 )
-def test_the_words_are_those_of_the_instance_prompt(tmp_path, instance, of_class, words):
+def test_the_words_are_those_of_the_instance_prompt(tmp_path, monkeypatch, instance, of_class, words):
     """Of the LoRA's, where there is one on a model that was trained before."""
+    monkeypatch.chdir(tmp_path)
+    Path("spot").mkdir()
     said = {"instance_prompt": instance, "class_prompt": of_class, "instance_data_dir": "spot"}
     write_json(tmp_path / "run.json", {"settings": said})
     write_json(tmp_path / "below" / "run.json", {"settings": said | {"instance_prompt": "a olis cat", "class_prompt": "a cat"}})
@@ -359,7 +361,12 @@ def test_pictures_too_small_for_lpips_are_refused_before_they_are_drawn(kit, tmp
     assert not [*tmp_path.rglob("*.png")]
 
 
-def test_a_class_noun_that_is_given_shows_the_identifier(tmp_path):
+def test_a_class_noun_that_is_given_shows_the_identifier(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(minibooth.errors.UserError, match="--images is missing"):  # the run's lay elsewhere
+        write_json(tmp_path / "run.json", {"settings": {"instance_prompt": "a photo of zwx dog", "instance_data_dir": "spot"}})
+        evaluate.complete(evaluate.parser().parse_args(["--model", str(tmp_path), "--class_noun", "dog"]))
+    Path("spot").mkdir()
     write_json(tmp_path / "run.json", {"settings": {"instance_prompt": "a photo of zwx dog", "instance_data_dir": "spot"}})
     flags = evaluate.parser().parse_args(["--model", str(tmp_path), "--class_noun", "dog"])
     evaluate.complete(flags)

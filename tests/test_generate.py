@@ -1,5 +1,7 @@
 """`python -m minibooth.generate` leaves pictures that say how to draw them again; its mistakes take one line."""
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +12,7 @@ import torch
 from PIL import Image
 from small_run import photographs
 
+import minibooth
 from minibooth import __main__, command, drawing, evaluate, generate, upscale
 from minibooth.diffusion.samplers import SAMPLERS
 from minibooth.diffusion.text_to_image import StableDiffusion
@@ -230,14 +233,15 @@ def test_a_model_is_read_as_the_flags_say_and_on_a_gpu_in_half_precision(tmp_pat
 
 
 def test_flags_are_alike_in_either_spelling_and_values_stay():
-    argv = ["--num-images", "4", "--a-b=c-d=e-f", "-x-y", "a-b", "--num_images=a_b", "--", "--"]
+    argv = ["--num-images", "4", "--a-b=c-d=e-f", "-x-y", "a-b", "--num_images=a_b", "--", "--", "--a-b=~/c-d", "~"]
     expected = ["--num_images", "4", "--a_b=c-d=e-f", "-x-y", "a-b", "--num_images=a_b", "--", "--"]
-    assert command.normalise(argv) == expected
+    assert command.normalise(argv) == [*expected, f"--a_b={Path.home()}/c-d", str(Path.home())]
 
 
 @pytest.mark.parametrize("cuda, mps, best", [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
 def test_the_best_device_is_taken_unless_one_is_named(monkeypatch, cuda, mps, best):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2 * cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)  # not so where the driver is too old for this PyTorch
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     assert command.device() == torch.device(best)
     assert command.device("cpu") == torch.device("cpu")
@@ -255,6 +259,19 @@ def test_the_package_lists_its_commands(capsys):
     for path in modules:
         line = path.read_text().splitlines()[0].strip('"')
         assert f"python -m minibooth.{path.stem}" in listed and line in listed
+
+
+def test_nobody_to_read_the_list_is_no_error():
+    words = f"{sys.executable} -m minibooth | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", words], capture_output=True, cwd=Path(__file__).parents[1])
+    assert done.returncode in (0, 141) and done.stderr == b""
+
+
+def test_an_empty_name_is_no_model(tmp_path, monkeypatch, capsys):
+    """As where a script's variable is not set: it would be this folder."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="the model's name is empty"):
+        minibooth.load("")
 
 
 @pytest.mark.parametrize("word, remedy", [("train", "use python -m minibooth.train\n"), ("x", "one of train, generate")])

@@ -81,6 +81,13 @@ def test_what_is_no_identifier_is_not_doubted(tokenizer):
     assert [*doubts(tokenizer, "a photo of sks, a dog", "a dog")] == []
 
 
+def test_what_is_cut_off_a_prompt_is_shown(tokenizer):
+    long = "dog " * (tokenizer.max_length - 3)
+    assert [*doubts(tokenizer, f"{long}zwx", "dog")] == []
+    (doubt,) = [each for each in doubts(tokenizer, f"{long}dog a zwx dog", "dog") if "tokens are read" in each]
+    assert doubt.endswith("of this one not 'a zwx dog'")
+
+
 def test_a_common_word_is_doubted(tokenizer):
     assert "common word" in next(doubts(tokenizer, "b dog", "a dog"))
 

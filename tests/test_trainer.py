@@ -153,6 +153,37 @@ def test_a_finished_run_that_goes_on_for_longer_is_not_finished(tmp_path, monkey
     assert trainer(longer).journal.finished
 
 
+@pytest.mark.parametrize("changed", ["instance_data_dir", "instance_prompt", "pretrained_model_name_or_path"])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_another_subject_goes_on_from_no_checkpoint(changed, rank, tmp_path):
+    """Though --resume_from_checkpoint latest may stay in a script. Where the same things lie does not matter."""
+    settings = small(tmp_path, max_train_steps=2, checkpointing_steps=1, rank=rank)
+    output = train(settings)
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    there = {"instance_data_dir": settings.instance_data_dir, "pretrained_model_name_or_path": str(tiny())}
+    moved = {name: str(shutil.copytree(path, tmp_path / "moved" / Path(path).name)) for name, path in there.items()}
+    other = {name: str(shutil.copytree(path, tmp_path / "other")) for name, path in there.items() if name == changed}
+    longer = dict(max_train_steps=3, checkpointing_steps=1, rank=rank, resume_from_checkpoint="latest")
+    with pytest.raises(UserError, match=f"checkpoint-2 was trained with --{changed} .*another --output_dir"):
+        train(small(tmp_path, **{changed: "a photo of xyz cat"} | other | longer))
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+    assert len(metrics(train(small(tmp_path, **longer | moved)))) == 3
+
+
+def test_an_upscaler_may_follow_a_finished_run(tmp_path):
+    """Its result does not depend on that."""
+    train(small(tmp_path))
+    later = small(tmp_path, upscaler="x4", noise_levels=(0, 20), resume_from_checkpoint="latest")
+    assert trainer(later).journal.finished
+
+
+def test_what_is_no_text_is_refused_before_pictures_are_drawn(tmp_path):
+    prior = dict(with_prior_preservation=True, class_prompt="a dog", num_class_images=9)
+    for name in ("instance_prompt", "class_prompt", "validation_prompt"):
+        with pytest.raises(UserError, match="is no valid text"):
+            trainer(small(tmp_path, **prior | {name: "sks \udcff"}))
+
+
 def test_a_checkpoint_from_elsewhere_replaces_no_result(tmp_path):
     other = train(small(tmp_path, max_train_steps=2, checkpointing_steps=1, output_dir=str(tmp_path / "other")))
     output = train(small(tmp_path, max_train_steps=2, checkpointing_steps=1, seed=8))

@@ -34,9 +34,8 @@ def load(
     UserError for what cannot be opened.
     """
     if not isinstance(source, Source):
-        source = Source.open(
-            source, variant=variant, revision=revision, tokenizer=tokenizer, ema=ema, prediction_type=prediction_type
-        )
+        how: dict[str, Any] = dict(variant=variant, revision=revision, tokenizer=tokenizer, prediction_type=prediction_type)
+        source = Source.open(source, ema=ema, **how)
     found = PIPELINES[source.kind]
     if not issubclass(found, wanted):
         use = f"name another, or give this one to python -m minibooth.{found.command}"

@@ -183,8 +183,7 @@ def trajectory(
     def noise() -> Tensor:
         return gaussian(x.shape, generator, x.device, x.dtype)
 
-    options = {"eta": eta} if eta else {}
-    return SAMPLERS[sampler](predict, x, scheduler, steps, noise, **options)
+    return SAMPLERS[sampler](predict, x, scheduler, steps, noise, **({"eta": eta} if eta else {}))
 
 
 def sample(

@@ -174,8 +174,7 @@ class DDPMScheduler:
         T = self.num_train_timesteps
         if not 1 <= steps <= T:
             raise UserError(f"cannot place {steps} steps on a schedule of {T} timesteps: take 1 to {T}")
-        numbers = torch.arange(steps, dtype=torch.float64)
-        times = SPACINGS[self.timestep_spacing](T, steps, self.steps_offset, numbers)
+        times = SPACINGS[self.timestep_spacing](T, steps, self.steps_offset, torch.arange(steps, dtype=torch.float64))
         if not 0 <= times[-1] <= times[0] <= T - 1:
             they = f"{steps} steps with steps_offset={self.steps_offset}"
             raise UserError(f"{they} start past the schedule's last timestep, {T - 1}, or end before its first: take others")

@@ -32,8 +32,8 @@ def spans(length: int, tile: int, factor: int) -> list[tuple[int, Tensor]]:
     Every result's weights sum to 1, and each tile's fade towards its ends, where it knows least.
     """
     tile = min(tile, length)
-    count = 1 + math.ceil((length - tile) / (tile * (1 - OVERLAP)))
-    starts = torch.linspace(0, length - tile, count).round().long().tolist()
+    rest = length - tile
+    starts = torch.linspace(0, rest, 1 + math.ceil(rest / (tile * (1 - OVERLAP)))).round().long().tolist()
     places = [slice(factor * start, factor * (start + tile)) for start in starts]
     window = torch.sin(torch.pi * (torch.arange(factor * tile) + 0.5) / (factor * tile)) ** 2
     total = torch.zeros(factor * length)
@@ -121,5 +121,4 @@ class StableDiffusionUpscale(Pipeline):
         def predict(x: Tensor, t: Tensor) -> Tensor:
             return tiled(lambda part: guided(part, t), torch.cat([x, low], dim=1), tile)
 
-        latent = self.denoise(predict, noise, steps, sampler, generator)
-        return to_image(tiled(self.decode, latent, tile, self.factor)[0])
+        return to_image(tiled(self.decode, self.denoise(predict, noise, steps, sampler, generator), tile, self.factor)[0])

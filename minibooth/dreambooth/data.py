@@ -10,6 +10,7 @@ from torch import Tensor
 from minibooth.diffusion.images import to_rgb, to_tensor
 from minibooth.errors import UserError
 
+Image.MAX_IMAGE_PIXELS = 1 << 28  # a telephone's picture may have 200 million; twice as many as this are refused
 FILTERS = "lanczos", "bilinear", "bicubic", "box", "hamming", "nearest"
 INTERPOLATION = {name: Image.Resampling[name.upper()] for name in FILTERS}
 # Photographs that Pillow cannot open. A camera's raw file may open all the same: as a TIFF that holds the thumbnail.
@@ -48,8 +49,8 @@ def is_picture(path: Path) -> bool:
     try:
         open_picture(path)
     except UserError as error:
-        extensions = Image.registered_extensions()
-        named_so = path.suffix.lower() in UNREADABLE or extensions.get(path.suffix.lower()) in Image.OPEN
+        end = path.suffix.lower()
+        named_so = end in UNREADABLE or Image.registered_extensions().get(end) in Image.OPEN
         if named_so or not isinstance(error.__cause__, UnidentifiedImageError):
             raise
         return False

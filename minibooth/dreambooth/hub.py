@@ -43,8 +43,7 @@ def push(settings: Settings) -> huggingface_hub.RepoUrl:
     patterns = [pattern.format(glob.escape(folder.resolve().name)) for pattern in UPLOADED]
     patterns += [f"upscaler/{pattern.format('upscaler')}" for pattern in UPLOADED] * bool(settings.upscaler)
     with refusals(f"the model is in {folder}, but could not be uploaded", "see --hub_token"):
-        api, card = huggingface_hub.HfApi(token=settings.hub_token), model_card(settings, repository.repo_id)
-        api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=repository.repo_id)
-        name, words = repository.repo_id, "End of training"
-        api.upload_folder(repo_id=name, folder_path=folder, commit_message=words, allow_patterns=patterns)
+        api, name = huggingface_hub.HfApi(token=settings.hub_token), repository.repo_id
+        api.upload_file(path_or_fileobj=model_card(settings, name).encode(), path_in_repo="README.md", repo_id=name)
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="End of training", allow_patterns=patterns)
     return repository

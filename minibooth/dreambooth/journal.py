@@ -31,11 +31,12 @@ from minibooth.errors import UserError
 
 RESULTS = (INDEX, DIFFUSERS, "{}.safetensors")  # of which a finished run leaves one; {}: the folder's name
 PARTS = "unet", "vae", "text_encoder*", "tokenizer*", "scheduler", "low_res_scheduler"  # a pipeline's folders
-SAME = "rank", "lora_alpha", "lora_targets", "train_text_encoder", "use_8bit_adam", "full_bf16"  # for a checkpoint's tensors
+SAME = "rank", "lora_alpha", "lora_targets", "train_text_encoder", "use_8bit_adam", "full_bf16", "instance_prompt"
+NAMED = "pretrained_model_name_or_path", "instance_data_dir"  # the same by their last name, wherever they lie by now
 # What a run would overwrite.
 TAKEN = ("run.json", "metrics.jsonl", "report.html", "checkpoint-*", "samples/step-*.png", *PARTS, *RESULTS)
 # Settings on which no result depends.
-FREE = {"resume_from_checkpoint", "hub_token", "hub_model_id", "push_to_hub", "checkpoints_total_limit", *WITHOUT_EFFECT}
+FREE = {"resume_from_checkpoint", "hub_token", "hub_model_id", "push_to_hub", "checkpoints_total_limit", "upscaler"}
 
 
 class Journal:
@@ -64,7 +65,12 @@ class Journal:
 
     def repeats(self, run: dict[str, Any]) -> bool:
         """Whether this is the run.json of a run with these settings that came to its end."""
-        free = FREE | ({"seed"} if self.settings.seed is None else set())
+        free = {
+            *FREE,
+            *WITHOUT_EFFECT,
+            *["seed"] * (self.settings.seed is None),
+            *["noise_levels"] * bool(self.settings.upscaler),
+        }
         now = json.loads(json.dumps(dataclasses.asdict(self.settings)))
         told = run.get("settings") or {}
         return bool(told and run.get("finished")) and all(
@@ -98,7 +104,7 @@ class Journal:
         python: the command that starts the run's processes.
         """
         again = dataclasses.replace(self.settings, hub_token=None, resume_from_checkpoint=None)
-        words = [word for name, value in again.given().items() for word in (f"--{name}", *words_of(value))]
+        words = [word for name, value in again.given().items() for word in words_of(name, value)]
         self.run = {
             "command": shlex.join([*python.split(), "-m", "minibooth.train", *words]),
             "settings": dataclasses.asdict(again),
@@ -113,8 +119,7 @@ class Journal:
                 path.unlink()
         metrics = self.folder / "metrics.jsonl"
         lines = metrics.read_text("utf-8", "replace").splitlines() if metrics.exists() else []
-        kept = [line for line in lines if step and _step_of(line) <= step]
-        files.write_text(metrics, "".join(f"{line}\n" for line in kept))
+        files.write_text(metrics, "".join(f"{line}\n" for line in lines if step and _step_of(line) <= step))
 
     def note(self, finished: bool) -> None:
         """run.json, with whether the folder holds the result of just this run."""
@@ -147,10 +152,10 @@ class Journal:
         if not (path := self.to_resume()):
             return None, {"step": 0}
         state = files.read_json(path / "state.json")
-        for name in SAME:
-            if (begun := state.get(name, own := getattr(self.settings, name))) != own:
+        for name, own in common(self.settings).items():
+            if (begun := state.get(name, own)) != own:
                 there = f"with --{name}" + f" {begun}" * (begun is not True) if begun else f"without --{name}"
-                raise UserError(f"{path} was trained {there}: go on as it began")
+                raise UserError(f"{path} was trained {there}: go on as it began, or take another --output_dir")
         if type(step := state.get("step")) is not int or step < 0:
             raise UserError(f"{path}/state.json does not say at which step it was written; go on from another")
         if later := [other for number, other in self.checkpoints() if number > step]:
@@ -175,9 +180,15 @@ def grids(folder: Path) -> list[tuple[int, Path]]:
     return numbered(folder / "samples", r"step-(\d+)\.png")
 
 
-def words_of(value: Any) -> list[str]:
-    """A flag's value on the command line."""
-    return [] if value is True else [str(each) for each in (value if isinstance(value, tuple) else (value,))]
+def common(settings: Settings) -> dict[str, Any]:
+    """What a run that goes on from a checkpoint must have in common with the one that wrote it: what trains, and on what."""
+    return {name: getattr(settings, name) for name in SAME} | {name: Path(getattr(settings, name)).name for name in NAMED}
+
+
+def words_of(name: str, value: Any) -> list[str]:
+    """A flag on the command line."""
+    words = [] if value is True else [*map(str, value if isinstance(value, tuple) else (value,))]
+    return [f"--{name}={words[0]}"] if words and words[0].startswith("-") else [f"--{name}", *words]
 
 
 def _step_of(line: str) -> int:

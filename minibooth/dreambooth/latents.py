@@ -36,8 +36,8 @@ class Latents:
         seed, crops = self.seed, self.crops
         epoch, place = divmod(n, len(self.pictures))
         order = torch.randperm(len(self.pictures), generator=generator(seed, self.name, "order", epoch))
-        number = torch.randint(crops, (), generator=generator(seed, self.name, "crop", n)) if crops else n
-        return int(order[place]), int(number)
+        number = int(torch.randint(crops, (), generator=generator(seed, self.name, "crop", n))) if crops else n
+        return int(order[place]), number
 
     def prepare(self, vae: VAE, samples: Iterable[int]) -> None:
         """Encode the crops that these samples will want, after which the VAE may go; or keep it, to encode on the fly."""

@@ -173,8 +173,7 @@ def code(signed: bool, device: torch.device | str = "cpu") -> tuple[Tensor, Tens
     """
     edges = [torch.linspace(0.1, 1, (1 if signed else 2) * 2**decade + 1) for decade in range(7)]
     positive = torch.cat([10.0 ** (decade - 6) * (x[1:] + x[:-1]) / 2 for decade, x in enumerate(edges)])
-    rest = torch.tensor([1.0, 0.0][: 1 + signed])
-    levels = torch.cat([positive, rest, -positive[: len(positive) * signed]]).sort().values
+    levels = torch.cat([positive, torch.tensor([1.0, 0.0][: 1 + signed]), -positive[: len(positive) * signed]]).sort().values
     middles = torch.arange(1 << 16, dtype=torch.int32) << 16 | 1 << 15
     codes = torch.bucketize(middles.view(torch.float32), (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
     return levels.to(device), codes.to(device)

@@ -42,8 +42,7 @@ class Drawings:
 
     def __init__(self, parent: Path, manifest: dict[str, Any], count: int, first: int = 0):
         self.manifest = manifest
-        key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:10]
-        self.folder = parent / f"drawn-{key}"
+        self.folder = parent / f"drawn-{hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:10]}"
         drawn = {seed: self.folder / f"{seed:05d}.png" for seed in range(first, first + count)}
         self.missing = {seed: path for seed, path in drawn.items() if not path.exists()}
         self.pictures = [*drawn.values()]
@@ -79,8 +78,7 @@ class ClassPictures(Drawings):
         own = [path for path in sorted(folder.glob("*")) if is_picture(path)][: settings.num_class_images]
         chosen = {"prompt": settings.class_prompt, "resolution": settings.resolution}
         chosen |= {"guidance_scale": settings.class_guidance_scale}
-        manifest = origin(source, source.weights, dtype) | DRAWING | chosen
-        super().__init__(folder, manifest, settings.num_class_images - len(own))
+        super().__init__(folder, origin(source, source.weights, dtype) | DRAWING | chosen, settings.num_class_images - len(own))
         self.outdated = [path.name for path in folder.glob("drawn-*")]
         self.pictures = own + self.pictures
 

@@ -37,12 +37,11 @@ def compilable(settings: Settings, device: torch.device, pays: bool = False) -> 
 @functools.cache
 def compiler(kind: str) -> bool:
     """Whether there is what compiles for this kind of device, and a place to keep what it makes. Says in a line what lacks."""
-    name, gpu = os.environ.get("CXX", "g++"), kind == "cuda"
-    there = {
-        name: shutil.which(name), "Python.h": Path(sysconfig.get_path("include"), "Python.h").exists(),
-        "triton": not gpu or importlib.util.find_spec("triton"),
-        "a GPU of capability 7.0": not gpu or torch.cuda.get_device_capability() >= (7, 0),
-    }  # fmt: skip
+    name = os.environ.get("CXX", "g++")
+    there: dict[str, Any] = {name: shutil.which(name), "Python.h": Path(sysconfig.get_path("include"), "Python.h").exists()}
+    if kind == "cuda":
+        there["triton"] = importlib.util.find_spec("triton")
+        there["a GPU of capability 7.0"] = torch.cuda.get_device_capability() >= (7, 0)
     if missing := [what for what, found in there.items() if not found]:
         print(f"not compiled, for lack of {' and '.join(missing)}: every step takes longer")
         return False

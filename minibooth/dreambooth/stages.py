@@ -110,8 +110,7 @@ class SuperResolution(TextToImage):
         """The small picture, noised, and by how much [1]."""
         low, high = self.settings.noise_levels
         level = torch.randint(low, high + 1, (1,), generator=rng)
-        noise = torch.randn(known.shape, generator=rng)
-        return self.pipe.low_res_scheduler.add_noise(known, noise, level), level
+        return self.pipe.low_res_scheduler.add_noise(known, torch.randn(known.shape, generator=rng), level), level
 
     def predict(self, x: Tensor, t: Tensor, condition: Condition, *added: Tensor) -> Tensor:
         low, level = added

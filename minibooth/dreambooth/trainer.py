@@ -32,7 +32,7 @@ from minibooth.diffusion.pipeline import Condition
 from minibooth.dreambooth import report, speed, stages
 from minibooth.dreambooth.data import find_pictures
 from minibooth.dreambooth.identifier import doubts
-from minibooth.dreambooth.journal import SAME, Journal
+from minibooth.dreambooth.journal import Journal, common
 from minibooth.dreambooth.latents import Latents
 from minibooth.dreambooth.learning_rate import learning_rate
 from minibooth.dreambooth.metrics import Watch
@@ -86,6 +86,7 @@ class Trainer:
         if s.lr_scheduler not in ("constant", "constant_with_warmup") and s.lr_warmup_steps >= self.steps:
             raise UserError(f"--lr_warmup_steps {s.lr_warmup_steps} leaves nothing of {self.steps} steps; set it to 0")
         self.scale = s.samples(self.ranks.count) if s.scale_lr else 1  # of learning rates
+        self.pipe.tokenizer([*self.prompts, s.validation_prompt or ""])  # which refuses what is no text
         self.weights = Weights(s, self.pipe, self.seed, self.resumed)
         self.trained = self.weights.trained
 
@@ -110,8 +111,8 @@ class Trainer:
         self.optimizer = AdamW(groups, betas, s.adam_epsilon, s.adam_weight_decay, s.use_8bit_adam, self.seed, s.max_grad_norm)
         if s.fused_backward_pass:
             self.optimizer.step_in_backward()
-        lean = s.use_8bit_adam or s.full_bf16  # updated by our own kernel
-        if speed.compilable(s, self.device, pays=lean and self.device.type == "cuda"):
+        # `update` is ours then, no kernel of PyTorch's
+        if speed.compilable(s, self.device, pays=self.device.type == "cuda" and (s.use_8bit_adam or s.full_bf16)):
             self.optimizer.compile()
             for network in self.trained.values() if s.compile == "on" else ():
                 speed.compile_layers(network)
@@ -180,8 +181,7 @@ class Trainer:
                     raise interruption(latest, interrupted)
             self.save()
         if self.ranks.any(interrupted):
-            whole = f"all {self.steps} steps were done, and {journal.folder} holds the result"
-            raise interruption(whole, interrupted)
+            raise interruption(f"all {self.steps} steps were done, and {journal.folder} holds the result", interrupted)
 
     def step(self, step: int) -> dict[str, float]:
         """One update of the weights. Returns the loss and its two parts, means over the accumulated batches and the ranks."""
@@ -255,9 +255,9 @@ class Trainer:
 
     def autocast(self) -> torch.autocast:
         """Into the working precision, where some weights are kept in another."""
-        needed = self.dtype != torch.float32 and not self.settings.full_bf16
-        kept = self.device.type == "cpu"  # copies of weights, while a grid is drawn: a GPU soon has new ones
-        return torch.autocast(self.device.type, self.dtype, enabled=needed, cache_enabled=kept)
+        needed, kind = self.dtype != torch.float32 and not self.settings.full_bf16, self.device.type
+        # While a grid is drawn, copies of weights would be kept: a GPU soon has new ones.
+        return torch.autocast(kind, self.dtype, enabled=needed, cache_enabled=kind == "cpu")
 
     def set_learning_rates(self, step: int) -> list[float]:
         """Give the optimizer this step's rates, one per trained network."""
@@ -326,8 +326,7 @@ class Trainer:
         with files.replacing(self.journal.folder / f"checkpoint-{step}") as folder:
             self.weights.write_checkpoint(folder, learnt, self.steps)
             files.write_weights(folder / "optimizer.safetensors", state)
-            how = {name: getattr(self.settings, name) for name in SAME}
-            about = {"step": step, "seed": self.seed, "scaler": self.scaler.state_dict(), **how}
+            about = {"step": step, "seed": self.seed, "scaler": self.scaler.state_dict(), **common(self.settings)}
             (folder / "state.json").write_text(json.dumps(about))
         self.journal.prune()
 
@@ -365,7 +364,7 @@ class Trainer:
             rows.append(("", f"{len(self.prior.missing)} of them are drawn first, to {self.prior.folder}"))
         if self.skipped:
             rows.append(("skipped", ", ".join(path.name for path in self.skipped)))
-        notes = [*s.notes(), *doubts(self.pipe.tokenizer, s.instance_prompt, s.class_prompt)]
+        notes = *s.notes(), *doubts(self.pipe.tokenizer, s.instance_prompt, s.class_prompt)
         return rows + [("note", note) for note in notes]
 
 
@@ -373,7 +372,8 @@ class Trainer:
 def interrupts() -> Iterator[list[int]]:
     """Collects Ctrl-C and SIGTERM, so that a step is finished before one acts on them; a second one is not waited for."""
     caught: list[int] = []
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = ((number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM))
+    previous = {number: handler for number, handler in handlers if handler != signal.SIG_IGN}
 
     def handle(number: int, frame: object) -> None:
         caught.append(number)

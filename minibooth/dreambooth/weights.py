@@ -130,8 +130,7 @@ class Weights:
         """The result: the whole pipeline, or diffusers' file and kohya's of a LoRA."""
         folder = Path(self.settings.output_dir)
         if self.lora:
-            name = f"{folder.resolve().name}.safetensors"
-            lora_files.write(folder, name, learnt, self.pipe.source, self.about(steps))
+            lora_files.write(folder, f"{folder.resolve().name}.safetensors", learnt, self.pipe.source, self.about(steps))
         else:
             self.pipe.source.save(self.result, learnt)  # the others as they were read, whatever they computed in
 

@@ -6,7 +6,7 @@ CLIPConfig, ViTConfig), since published files leave out what equals the default 
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import UnionType
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin
 
@@ -35,7 +35,7 @@ class Config:
     """Base of all. Raises UserError, with the key, for whatever would change the network and is not implemented."""
 
     NEUTRAL: ClassVar[Mapping[str, Any]] = {}  # keys that are read, with the only value they may have
-    IGNORED: ClassVar[frozenset[str]] = frozenset()  # keys that say nothing of the network
+    IGNORED: ClassVar[Sequence[str]] = ()  # keys that say nothing of the network
     CLASSES: ClassVar[tuple[str, ...]] = ()  # what `_class_name` may say
 
     @classmethod
@@ -72,9 +72,8 @@ class UNetConfig(Config):
         mid_block_type="UNetMidBlock2DCrossAttn", resnet_out_scale_factor=1.0, resnet_time_scale_shift="default",
         time_embedding_type="positional",
     )  # fmt: skip
-    IGNORED = frozenset({  # of diffusers' EMAModel
-        "decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup",
-    })  # fmt: skip
+    # of diffusers' EMAModel
+    IGNORED = "decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup"
 
     in_channels: int = 4
     out_channels: int = 4

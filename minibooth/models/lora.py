@@ -101,8 +101,7 @@ def fresh(
         if TARGETS[targets].fullmatch(path):
             outputs, *inputs = layer.weight.shape
             down = nn.init.kaiming_uniform_(torch.empty(rank, *inputs), a=5**0.5, generator=generator)
-            up = torch.zeros(outputs, rank, *[1] * (len(inputs) - 1))
-            found[path] = Adapter(down, up, alpha, dropout=dropout)
+            found[path] = Adapter(down, torch.zeros(outputs, rank, *[1] * (len(inputs) - 1)), alpha, dropout=dropout)
     return found
 
 

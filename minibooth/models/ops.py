@@ -46,8 +46,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False,
     """
     dtype = v.dtype
     q, k, v = (rearrange(x.float() if upcast else x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    return rearrange(out, "b h n d -> b n (h d)").to(dtype)
+    return rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=causal), "b h n d -> b n (h d)").to(dtype)
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:

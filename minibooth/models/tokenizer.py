@@ -56,7 +56,8 @@ class Tokenizer:
             later = sorted(parsed("added_tokens.json").items(), key=operator.itemgetter(1))  # by id
             added = whole.get("added_tokens") or [{"content": token, "normalized": True} for token, _ in later]
             config |= parsed("special_tokens_map.json")
-        special = {role: _entry(config.get(role) or default) for role, default in SPECIAL.items()}
+        said = {role: config.get(role) or default for role, default in SPECIAL.items()}
+        special = {role: {"content": token} if isinstance(token, str) else token for role, token in said.items()}
         name = {role: token["content"] for role, token in special.items()}
         listed = {token["content"] for token in added}
         if unknown := sorted(set(name.values()) - vocab.keys() - listed):
@@ -77,8 +78,7 @@ class Tokenizer:
     def __call__(self, texts: str | Iterable[str]) -> Tensor:
         """Ids [B, max_length]: start, as much of the text as fits, end, padding. A string is one text."""
         texts = [texts] if isinstance(texts, str) else texts
-        encoded = (self._encode(text).ids[: self.max_length - 2] for text in texts)
-        rows = [[self.start, *ids, self.end] for ids in encoded]
+        rows = [[self.start, *self._encode(text).ids[: self.max_length - 2], self.end] for text in texts]
         return torch.tensor([row + [self.pad] * (self.max_length - len(row)) for row in rows])
 
     def tokens(self, text: str) -> list[str]:
@@ -89,11 +89,6 @@ class Tokenizer:
         if re.search("[\ud800-\udfff]", text):  # bytes of a command line that are no UTF-8 become these
             raise UserError(f"the prompt {text!a} is no valid text; write it in UTF-8")
         return self.backend.encode(text)
-
-
-def _entry(token: str | dict) -> dict:
-    """A special token as the files' long form has it."""
-    return {"content": token} if isinstance(token, str) else token
 
 
 def _byte_level_bpe(vocab: Mapping[str, int], merges: Iterable[str | list[str]], unknown: str) -> Backend:

@@ -80,8 +80,7 @@ class Decoder(nn.Module):
 
 def middle(width: int, groups: int) -> Block:
     """The lowest resolution: attention between two resnets."""
-    resnets = [ResnetBlock(width, width, groups, EPS) for _ in range(2)]
-    return Block(resnets, [SpatialAttention(width, groups)])
+    return Block([ResnetBlock(width, width, groups, EPS) for _ in range(2)], [SpatialAttention(width, groups)])
 
 
 class VAE(nn.Module):
