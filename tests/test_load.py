@@ -1,5 +1,6 @@
 """A published folder becomes a pipeline however its files are laid out, and that folder again when saved."""
 
+import copy
 import json
 import logging
 import re
@@ -126,6 +127,19 @@ def test_whatever_the_layout_the_networks_are_the_same(sd1, copy_of, change):
     folder = change(copy_of(sd1))
     assert content(folder) != content(sd1)
     assert_equal(states(minibooth.load(folder)), states(minibooth.load(sd1)))
+
+
+def test_a_copy_of_a_pipeline_is_independent_and_can_be_saved(sd1, tmp_path):
+    pipe = minibooth.load(sd1)
+    other = copy.deepcopy(pipe)
+    with torch.no_grad():
+        other.unet.conv_in.weight.add_(1)
+    assert not torch.equal(pipe.unet.conv_in.weight, other.unet.conv_in.weight)
+    other.release("vae")
+    other.save(tmp_path / "copy")
+    again = minibooth.load(tmp_path / "copy")
+    assert torch.equal(again.unet.conv_in.weight, other.unet.conv_in.weight)
+    assert torch.equal(again.vae.quant_conv.weight, pipe.vae.quant_conv.weight)
 
 
 def test_a_variant_is_read_where_it_is_asked_for(sd1, copy_of):

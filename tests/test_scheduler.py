@@ -106,6 +106,14 @@ def test_results_have_the_dtype_of_the_picture(dtype):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_time_may_be_a_number():
+    scheduler, x = DDPMScheduler.from_config({}), torch.randn(1, 4, 2, 2)
+    t = torch.tensor([7])
+    for function in (scheduler.add_noise, scheduler.velocity):
+        assert torch.equal(function(x, 2 * x, 7), function(x, 2 * x, t))
+    assert scheduler.snr(7) == scheduler.snr(t)
+
+
 def test_tables_follow_the_input():
     scheduler = DDPMScheduler.from_config(SD)
     x0, noise, t = batch()

@@ -22,6 +22,14 @@ SAMPLERS = {
 }
 
 
+def test_pictures_are_decoded_one_by_one(sd1, monkeypatch):
+    """Several at once take more memory than the UNet."""
+    pipe, seen = minibooth.load(sd1), []
+    decode = pipe.vae.decode
+    monkeypatch.setattr(pipe.vae, "decode", lambda latents: seen.append(len(latents)) or decode(latents))
+    assert len(pipe.generate(PROMPTS, steps=1, height=64, width=64)) == 2 and seen == [1, 1]
+
+
 @pytest.fixture(scope="module")
 def ours(checkpoint):
     return minibooth.load(checkpoint)

@@ -170,6 +170,12 @@ def test_another_subject_goes_on_from_no_checkpoint(changed, rank, tmp_path):
     assert len(metrics(train(small(tmp_path, **longer | moved)))) == 3
 
 
+def test_a_folder_may_be_named_like_a_file(tmp_path):
+    """Of a kind that no file is written as."""
+    output = train(small(tmp_path, max_train_steps=1, output_dir=str(tmp_path / "dog.bin")))
+    assert (output / "model_index.json").exists()
+
+
 def test_an_upscaler_may_follow_a_finished_run(tmp_path):
     """Its result does not depend on that."""
     train(small(tmp_path))

@@ -240,7 +240,7 @@ class Source:
         Parts of a folder that we do not read, the safety checker for one, become null in model_index.json. Raises UserError
         where what was read does not fit together, and for a file of another kind.
         """
-        if path.suffix != ".safetensors" and path.suffix.lower() in (*files.PICKLES, ".safetensors"):
+        if path.suffix.lower() in (*files.PICKLES, ".safetensors") and path.suffix != ".safetensors" and not path.is_dir():
             raise UserError(f"a single file is written as {path.with_suffix('.safetensors')}, not as {path.name}")
         for name, read in self.weights.items():
             network = self.skeleton(name)
@@ -274,7 +274,7 @@ class Source:
         predicts = str(schedule.get("prediction_type") or "epsilon")
         told = Source(str(path), ldm.describe(path, files.meta(whole(self.weights)), predicts))
         odd = {ldm.OURS + name: json.dumps(self.json(name)) for name in told.small if told.meaning(name) != self.meaning(name)}
-        words = {ldm.OURS + name: self.small[name].decode() for name in sorted(self.small) if name.startswith("tokenizer")}
+        words = {ldm.OURS + x: self.small[x].decode(errors="replace") for x in sorted(self.small) if x.startswith("tokenizer")}
         says = {"modelspec.prediction_type": predicts.removesuffix("_prediction")}
         files.write_weights(path, whole(states), whole(self.weights), dtype, {**self.metadata, **says, **odd, **words})
 

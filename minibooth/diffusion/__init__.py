@@ -30,8 +30,8 @@ def load(
     dtype: of weights and computing. On a CPU without units for it PyTorch is slow in bf16 and hopeless in fp16: take float32,
     or a command, which sees to that (dreambooth/speed.py). variant: the infix of the files to read, such as fp16.
     prediction_type: overrules the checkpoint's "epsilon" or "v_prediction". revision: the hub's branch, tag or commit.
-    tokenizer: a folder with CLIP's vocabulary, which a single file lacks. ema: of a single file, the averaged weights. Raises
-    UserError for what cannot be opened.
+    tokenizer: a folder with CLIP's vocabulary, which single files of others lack. ema: of a single file, the averaged weights.
+    Raises UserError for what cannot be opened.
     """
     if not isinstance(source, Source):
         how: dict[str, Any] = dict(variant=variant, revision=revision, tokenizer=tokenizer, prediction_type=prediction_type)

@@ -8,7 +8,7 @@ The network predicts the noise ("epsilon") or the velocity of Salimans & Ho 2022
 v = sqrt(a_t) noise - sqrt(1 - a_t) x0. A scheduler_config.json of any class will do: all describe this one process, and
 differ in the sampler they were saved from and in the defaults of the keys they leave out.
 
-Shapes: B batch; T `num_train_timesteps`; x0 and noise [B, ...]; t LongTensor [B] in 0 .. T-1, on any device.
+Shapes: B batch; T `num_train_timesteps`; x0 and noise [B, ...]; t LongTensor [B] in 0 .. T-1, on any device, or one number.
 """
 
 import math
@@ -163,7 +163,7 @@ class DDPMScheduler:
 
     def snr(self, t: Tensor) -> Tensor:
         """a_t / (1 - a_t), float32 [B]: zero, never nan, at the end of a schedule rescaled to zero terminal SNR."""
-        a = self._at(t, t.device)
+        a = self._at(t, torch.as_tensor(t).device)
         return a / (1 - a)
 
     def times(self, steps: int) -> Tensor:
