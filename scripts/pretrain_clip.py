@@ -7,13 +7,13 @@ same character in another place and pose (Chen et al. 2020, SimCLR). Characters 
 the same two places, so that neither tells them apart. Their halves, badges and odd parts are drawn by lot; no badge or odd
 part of the world's subjects is among them: those, which DreamBooth is to teach, are what the eye is tested on.
 
-Shapes: B pictures, two of a character side by side, P width of an embedding, N tokens.
+Shapes: K families, B = 2 * LOOKS pictures of each, two of a character side by side, N tokens.
 """
 
-import argparse
+import itertools
 import json
+import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,11 +22,13 @@ import torch
 import torch.nn.functional as F
 from judge import soften
 from PIL import Image
-from pretraining import Training, begun, start_at_zero, to_batch
+from pretraining import Training, drawn, start, start_at_zero, to_batch, vocabulary
 from torch import Tensor, nn
-from world import ACCESSORIES, CLASSES, COLOURS, PATTERNS, PLACES, SUBJECTS, Mark, Rng, Scene, subject_scene
+from world import ATTRIBUTES, CLASSES, COLOURS, PLACES, SUBJECTS, Mark, Rng, Scene, subject_scene
 
+from minibooth import command
 from minibooth.checkpoint import files
+from minibooth.command import WEIGHTS
 from minibooth.dreambooth.metrics import Eyes, cosines
 from minibooth.models.config import CLIPConfig
 from minibooth.models.tokenizer import Tokenizer
@@ -92,21 +94,6 @@ def family(number: int) -> list[tuple[Scene, Mark | None]]:
     return scenes
 
 
-def render(number: int) -> np.ndarray:
-    """A family's pictures, uint8 [2 * LOOKS, H, W, 3]."""
-    return np.stack([scene.draw(SIZE, mark) for scene, mark in family(number)])
-
-
-def rendered(path: Path, workers: int) -> np.ndarray:
-    """All families' pictures [FAMILIES, 2 * LOOKS, H, W, 3], drawn once and kept in a file."""
-    if not path.exists():
-        with ProcessPoolExecutor(workers) as pool:
-            drawn = np.stack(list(pool.map(render, range(FAMILIES), chunksize=20)))
-        with files.replacing(path) as temporary, temporary.open("wb") as file:
-            np.save(file, drawn)
-    return np.load(path)
-
-
 def wording(scene: Scene, mark: Mark | None, rng: Rng) -> str:
     """A caption, in full or with words left out, at times with a rare word for one that has marks."""
     words = scene.caption(rng if rng.random() < 0.5 else None)
@@ -128,9 +115,12 @@ def new_clip(config: dict) -> CLIP:
     return clip
 
 
-def contrast(clip: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
-    """How hard it is to tell which caption is a picture's, which picture a caption's, and which other one shows the same."""
-    seen, read = F.normalize(clip(pixels).float(), dim=1), F.normalize(clip.read(ids).float(), dim=1)
+def contrastive_loss(clip: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
+    """How hard it is to tell which caption is a picture's, which picture a caption's, and which other one shows the same.
+
+    pixels [K, B, 3, H, W], ids [K, B, N]: a batch is shared out by families, so that no two pictures of a character part.
+    """
+    seen, read = (F.normalize(x.float(), dim=1) for x in (clip(pixels.flatten(0, 1)), clip.read(ids.flatten(0, 1))))
     own, scale = torch.arange(len(seen)), clip.logit_scale.exp()
     told, alike = scale * seen @ read.T, scale * seen @ seen.T
     alike = alike.masked_fill(torch.eye(len(seen), dtype=torch.bool), -torch.inf)
@@ -171,9 +161,8 @@ def triples(count: int) -> list[list[Scene]]:
 def otherwise(scene: Scene) -> Scene:
     """The scene with one thing changed that its caption says."""
     rng = np.random.default_rng([HELD_OUT, scene.seed])
-    tables = {"kind": CLASSES, "colour": COLOURS, "pattern": PATTERNS, "accessory": ACCESSORIES, "place": PLACES}
-    name = rng.choice([*tables])
-    return replace(scene, **{name: rng.choice([value for value in tables[name] if value != getattr(scene, name)])})
+    name = rng.choice([*ATTRIBUTES])
+    return replace(scene, **{name: rng.choice([value for value in ATTRIBUTES[name] if value != getattr(scene, name)])})
 
 
 def figures(folder: Path, count: int = 400) -> str:
@@ -196,31 +185,28 @@ def figures(folder: Path, count: int = 400) -> str:
     return "\n".join(f"{share.float().mean():7.1%}  {name}" for name, share in shares.items())
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """Draw, train, export, measure; a larger --minutes goes on from where it ended."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command.Parser("python scripts/pretrain_clip.py", __doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the model, in transformers' layout")
     parser.add_argument("--work", type=Path, required=True, help="folder for pictures and training state")
-    parser.add_argument("--tokenizer", type=Path, default=Path("weights/tiny/tokenizer"), help="the vocabulary's folder")
-    parser.add_argument("--minutes", type=float, default=12, help="all calls (default 12)")
-    args = begun(parser, SEED)
+    parser.add_argument("--tokenizer", type=Path, default=WEIGHTS / "tiny" / "tokenizer", help="the vocabulary's folder")
+    parser.add_argument("--minutes", type=command.within(0.01), default=12, help="all calls (default 12)")
+    args = start(parser, argv, SEED)
 
     tokens = {path.name: path.read_bytes() for path in args.tokenizer.iterdir()}
-    tokenizer = Tokenizer.from_files(tokens)
-    words = {
-        "vocab_size": len(json.loads(tokens["vocab.json"])),
-        "bos_token_id": tokenizer.start,
-        "eos_token_id": tokenizer.end,
-    }
-    config = CONFIG | {"text_config": CONFIG["text_config"] | words}
-    images, families = rendered(args.work / "families.npy", args.threads), [family(i) for i in range(FAMILIES)]
-    training = Training(args.work / "clip.safetensors", new_clip(config), contrast, 0.02, args.minutes, args.threads)
+    tokenizer, config = Tokenizer.from_files(tokens), CONFIG | {"text_config": CONFIG["text_config"] | vocabulary(tokens)}
+    families = [family(i) for i in range(FAMILIES)]
+    scenes, marks = zip(*itertools.chain(*families), strict=True)
+    images = drawn(args.work / "families.npy", scenes, SIZE, args.threads, marks).reshape(FAMILIES, -1, SIZE, SIZE, 3)
+    training = Training(args.work / "clip.safetensors", new_clip(config), contrastive_loss, 0.02, args.minutes, args.threads)
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
         rng = np.random.default_rng([SEED, FAMILIES, step])
         which = rng.choice(FAMILIES, BATCH, replace=False)
         captions = [wording(scene, mark, rng) for i in which for scene, mark in families[i]]
-        return soften(to_batch(images[which].reshape(-1, SIZE, SIZE, 3)), rng), tokenizer(captions)[:, :TOKENS]
+        pixels = soften(to_batch(images[which].reshape(-1, SIZE, SIZE, 3)), rng)
+        return pixels.unflatten(0, (BATCH, -1)), tokenizer(captions)[:, :TOKENS].unflatten(0, (BATCH, -1))
 
     def show() -> None:
         export(args.out, config, training.average, tokens)
@@ -230,4 +216,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main, sys.argv)

@@ -2,20 +2,21 @@
 
     python scripts/pretrain_tiny.py --out weights/tiny --work DIR --minutes 120
 
-Stages, each kept in DIR and skipped or continued by the next call: pictures of random scenes; a vocabulary learnt from
-their captions; the captions, in several wordings each; the VAE (Rombach et al. 2022, section 3.1); the latents of all scenes;
+Stages, each kept in DIR and skipped or continued by the next call: a vocabulary learnt from the captions of random scenes;
+the captions, in several wordings each; pictures of the scenes; the VAE (Rombach et al. 2022, section 3.1); the latents of all;
 UNet and text encoder together, with captions dropped for classifier-free guidance. A larger --minutes takes the training
-up again from where it ended. Whatever a step needs lies on the device, so that a GPU is never waited for.
+up again from where it ended; another --scenes words, draws and encodes anew. Whatever a step needs lies on the device, so
+that a GPU is never waited for.
 
 Shapes: B batch, N scenes, W wordings, L tokens, Z latent channels, h x w latent size.
 """
 
 import argparse
 import json
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,15 +24,30 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from pretraining import Training, averages, begun, export, noised, on, psnr, start_at_zero, to_batch, weighted
+from pretraining import (
+    Training,
+    averages,
+    drawn,
+    export,
+    generator_on,
+    noised,
+    psnr,
+    reconstructed,
+    start,
+    start_at_zero,
+    to_batch,
+    vocabulary,
+    weighted,
+)
 from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from world import Scene
 
 import minibooth
+from minibooth import command
 from minibooth.checkpoint import files
-from minibooth.diffusion.images import grid, to_image
+from minibooth.diffusion.images import grid, save_png, to_image
 from minibooth.diffusion.noise import generator
 from minibooth.diffusion.scheduler import DDPMScheduler
 from minibooth.models.clip import CLIPText
@@ -41,7 +57,7 @@ from minibooth.models.unet import UNet
 from minibooth.models.vae import VAE
 
 CHUNK, HELD_OUT, SIZE, WORDINGS, SEED = 1000, 500, 64, 8, 0
-BATCH = {"cpu": (4, 48), "cuda": (64, 256)}  # whole pictures for the VAE, latents for the UNet
+VAE_BATCH, UNET_BATCH = {"cpu": 4, "cuda": 64}, {"cpu": 48, "cuda": 256}  # whole pictures, latents
 RARE = "sks zwx olis qiv"  # identifiers for DreamBooth: a token each, in no caption
 INDEX = {
     "_class_name": "StableDiffusionPipeline",
@@ -74,28 +90,9 @@ CONFIGS = {  # the folder's files, but for what is measured: the vocabulary's si
 # --- scenes and their captions ---------------------------------------------------------------------------------------
 
 
-def render(folder: Path, chunk: int) -> None:
-    """Write one chunk of scenes, pictures and descriptions, unless it is there."""
-    if (folder / f"{chunk:04d}.json").exists():
-        return
-    scenes = [Scene.random(np.random.default_rng([SEED, chunk, i])) for i in range(CHUNK)]
-    with files.replacing(folder / f"{chunk:04d}.npy") as temporary, temporary.open("wb") as file:
-        np.save(file, np.stack([scene.draw(SIZE) for scene in scenes]))
-    with files.replacing(folder / f"{chunk:04d}.json") as temporary:
-        temporary.write_text(json.dumps([asdict(scene) for scene in scenes]))
-
-
-def render_all(folder: Path, count: int, workers: int) -> list[Scene]:
-    """Every scene, drawn by as many processes as there are workers; the last HELD_OUT are for measuring."""
-    chunks = range(-(-count // CHUNK))
-    with ProcessPoolExecutor(workers) as pool:
-        list(pool.map(render, [folder] * len(chunks), chunks))
-    return [Scene(**scene) for i in chunks for scene in json.loads((folder / f"{i:04d}.json").read_text())]
-
-
-def scene_images(work: Path) -> np.ndarray:
-    """All pictures, uint8 [N, H, W, 3]."""
-    return np.concatenate([np.load(path) for path in sorted((work / "scenes").glob("*.npy"))])
+def random_scenes(count: int) -> list[Scene]:
+    """The scenes; the last HELD_OUT are for measuring."""
+    return [Scene.random(np.random.default_rng([SEED, *divmod(i, CHUNK)])) for i in range(count)]
 
 
 def learn_merges(words: Counter[str]) -> list[tuple[str, str]]:
@@ -182,13 +179,12 @@ def divergence(x: Tensor) -> Tensor:
     return 0.5 * (trace - len(x) - logdet)
 
 
-def train_vae(args: argparse.Namespace) -> None:
+def train_vae(args: argparse.Namespace, path: Path, images: Tensor) -> None:
     """The VAE on crops of 32 x 32, four for the price of one picture, and towards the end on whole pictures.
 
-    Then every scene's posterior goes to latents.safetensors, with the factor that brings the latents to unit variance.
+    Then every scene's posterior goes to the file `path`, with the factor that brings the latents to unit variance.
     """
-    work, device = args.work, args.device
-    images = torch.from_numpy(scene_images(work)).to(device)
+    work, device = args.work, images.device
     train, held_out = images[:-HELD_OUT], to_batch(images[-HELD_OUT:])
     vae = VAE(VAEConfig.from_dict(CONFIGS["vae"])).to(device)
     start_at_zero(vae, ("conv2", "to_out.0"))
@@ -200,19 +196,18 @@ def train_vae(args: argparse.Namespace) -> None:
         rng, whole = generator(SEED, "vae", step), training.seconds > 0.65 * training.budget
         side, count = (SIZE, 1) if whole else (SIZE // 2, 4)
         top, left = torch.randint(SIZE - side + 1, (2,), generator=rng).tolist()
-        count, noise = count * BATCH[device.type][0], on(device, rng)
+        count, noise = count * VAE_BATCH[device.type], generator_on(device, rng)
         which = torch.randint(len(train), (count,), generator=noise, device=device)
         shape = count, vae.config.latent_channels, side // vae.factor, side // vae.factor
         crops = train[which, top : top + side, left : left + side]
         return to_batch(crops), torch.randn(shape, generator=noise, device=device)
 
-    @torch.no_grad()
     def show() -> None:
         x = held_out[:200]
-        y = torch.cat([vae.decode(vae.encode(part).mean) for part in x.split(20)]).clamp(-1, 1)
+        y = reconstructed(vae, x)
         print(f"vae: {psnr(x, y):.2f} dB on held-out scenes", flush=True)
         pairs = [to_image(torch.cat(pair, dim=1)).resize((128, 256)) for pair in zip(x[:24], y[:24], strict=True)]
-        grid(pairs, 12).save(work / "vae.png")
+        save_png(grid(pairs, 12), work / "vae.png", {})
 
     @torch.no_grad()
     def encode(part: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,19 +215,11 @@ def train_vae(args: argparse.Namespace) -> None:
         return posterior.mean.half(), posterior.std.half()
 
     training.run(draw, show)
-    parts = training.pool.map(encode, images.split(20 * BATCH[device.type][0]))
+    parts = training.pool.map(encode, images.split(20 * VAE_BATCH[device.type]))
     mean, std = (torch.cat(part) for part in zip(*parts, strict=True))
     scale = (mean.float().var() + std.float().square().mean()).rsqrt()
     print(f"{len(mean)} latents: scaling factor {scale:.4f}, noise {std.float().mean() * scale:.3f}", flush=True)
-    files.write_weights(work / "latents.safetensors", {"mean": mean, "std": std, "scale": scale})
-
-
-def trained_vae(work: Path) -> VAE:
-    """The VAE: its averaged weights, and the measured factor."""
-    scale = round(load_file(work / "latents.safetensors")["scale"].item(), 5)
-    vae = VAE(VAEConfig.from_dict(CONFIGS["vae"] | {"scaling_factor": scale}))
-    vae.load_state_dict(averages(work / "vae.safetensors"))
-    return vae
+    files.write_weights(path, {"mean": mean, "std": std, "scale": scale})
 
 
 # --- UNet and text encoder -------------------------------------------------------------------------------------------
@@ -240,8 +227,7 @@ def trained_vae(work: Path) -> VAE:
 
 def new_generator(tokens: dict[str, bytes]) -> nn.ModuleDict:
     """Both networks, fresh, for a tokenizer's files."""
-    vocabulary = len(json.loads(tokens["vocab.json"]))
-    text = CLIPText(CLIPTextConfig.from_dict(CONFIGS["text_encoder"] | {"vocab_size": vocabulary}))
+    text = CLIPText(CLIPTextConfig.from_dict(CONFIGS["text_encoder"] | vocabulary(tokens)))
     nn.init.normal_(text.text_model.embeddings.token_embedding.weight, std=0.1)
     nn.init.normal_(text.text_model.embeddings.position_embedding.weight, std=0.02)
     unet = UNet(UNetConfig.from_dict(CONFIGS["unet"]))
@@ -254,25 +240,24 @@ def generator_loss(networks: nn.ModuleDict, x: Tensor, t: Tensor, ids: Tensor, t
     return weighted(networks["unet"](x, t, networks["text_encoder"](ids)), target, weight)
 
 
-def train_generator(args: argparse.Namespace, scenes: list[Scene], tokens: dict[str, bytes]) -> None:
-    """UNet and text encoder on the scenes' posteriors, and on their captions.
+def train_generator(
+    args: argparse.Namespace, known: dict[str, Tensor], scenes: list[Scene], tokens: dict[str, bytes], device: torch.device
+) -> None:
+    """UNet and text encoder on what is `known` of the scenes: their posteriors and their captions.
 
     Pictures are not mirrored: latents are not mirror images of one another, and the world draws both facings anyway.
     """
-    work, device = args.work, args.device
-    scheduler, batch, tokenizer = (
-        DDPMScheduler.from_config(CONFIGS["scheduler"]),
-        BATCH[device.type][1],
-        Tokenizer.from_files(tokens),
-    )
-    known = {name: x.to(device) for file in ("latents", "words") for name, x in load_file(work / f"{file}.safetensors").items()}
+    work, batch = args.work, UNET_BATCH[device.type]
+    scheduler, tokenizer = DDPMScheduler.from_config(CONFIGS["scheduler"]), Tokenizer.from_files(tokens)
+    known = {name: x.to(device) for name, x in known.items()}
     networks = new_generator(tokens).to(device)
     training = Training(work / "generator.safetensors", networks, generator_loss, 0.02, args.minutes, args.threads)
-    vae = trained_vae(work)
+    vae = VAE(VAEConfig.from_dict(CONFIGS["vae"] | {"scaling_factor": round(known["scale"].item(), 5)}))
+    vae.load_state_dict(averages(work / "vae.safetensors"))
     captions, nothing = [scene.caption() for scene in scenes[-24:]], tokenizer([""]).to(device)
 
     def draw(step: int) -> tuple[Tensor, ...]:
-        rng = on(device, generator(SEED, "generator", step))
+        rng = generator_on(device, generator(SEED, "generator", step))
         which, wording = (torch.randint(n, (batch,), generator=rng, device=device) for n in (len(scenes) - HELD_OUT, WORDINGS))
         mean, std = (known[name][which].float() * vae.scaling_factor for name in ("mean", "std"))
         x0 = mean + std * torch.randn(mean.shape, generator=rng, device=device)
@@ -285,9 +270,9 @@ def train_generator(args: argparse.Namespace, scenes: list[Scene], tokens: dict[
         export(args.out, INDEX, CONFIGS, {**training.average, "vae": vae}, tokens)
         pipe = minibooth.load(args.out, device=device)
         with torch.autocast(device.type, torch.bfloat16):
-            drawn = pipe.generate(captions, steps=25, guidance_scale=4.0, seed=0)
-        sheet = grid([labelled(*pair) for pair in zip(drawn, captions, strict=True)], 8)
-        sheet.save(work / f"samples-{int(training.clock[1]):08d}.png")
+            pictures = pipe.generate(captions, steps=25, guidance_scale=4.0, seed=0)
+        sheet = grid([labelled(*pair) for pair in zip(pictures, captions, strict=True)], 8)
+        save_png(sheet, work / f"samples-{int(training.clock[1]):08d}.png", {})
 
     training.run(draw, show)
 
@@ -302,27 +287,33 @@ def labelled(picture: Image.Image, caption: str) -> Image.Image:
     return card
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """The stages in turn."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command.Parser("python scripts/pretrain_tiny.py", __doc__.splitlines()[0])
+    minutes = command.within(0.01)
     parser.add_argument("--out", type=Path, required=True, help="folder for the model, in the diffusers layout")
     parser.add_argument("--work", type=Path, required=True, help="folder for scenes, training state and sample grids")
-    parser.add_argument("--minutes", type=float, default=120, help="UNet and text encoder, all calls (default 120)")
-    parser.add_argument("--vae-minutes", type=float, default=60, help="the VAE, all calls (default 60)")
-    parser.add_argument("--scenes", type=int, default=40_000, help="how many to draw (default 40000)")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu (default) or cuda")
-    args = begun(parser, SEED)
+    parser.add_argument("--minutes", type=minutes, default=120, help="UNet and text encoder, all calls (default 120)")
+    parser.add_argument("--vae_minutes", type=minutes, default=60, help="the VAE, all calls (default 60)")
+    parser.add_argument(
+        "--scenes", type=command.within(HELD_OUT + 1, 10**6), default=40_000, help="how many to draw (default 40000)"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    args = start(parser, argv, SEED)
+    device = command.device(args.device)
 
-    scenes = render_all(args.work / "scenes", args.scenes, args.threads)
-    if not (vocabulary := args.work / "tokenizer").exists():
-        learn_vocabulary(vocabulary, [scene.caption(np.random.default_rng(i)) for i, scene in enumerate(scenes[:5000])])
-    tokens = {path.name: path.read_bytes() for path in vocabulary.iterdir()}
-    if not (words := args.work / "words.safetensors").exists():
+    scenes = random_scenes(args.scenes)
+    if not (folder := args.work / "tokenizer").exists():
+        learn_vocabulary(folder, [scene.caption(np.random.default_rng(i)) for i, scene in enumerate(scenes[:5000])])
+    tokens = {path.name: path.read_bytes() for path in folder.iterdir()}
+    words, latents = (args.work / f"{name}-{args.scenes}.safetensors" for name in ("words", "latents"))
+    if not words.exists():
         word_all(words, tokens, scenes, args.threads)
-    if not (args.work / "latents.safetensors").exists():
-        train_vae(args)
-    train_generator(args, scenes, tokens)
+    if not latents.exists():
+        images = drawn(args.work / f"scenes-{args.scenes}.npy", scenes, SIZE, args.threads)
+        train_vae(args, latents, torch.from_numpy(images).to(device))
+    train_generator(args, load_file(words) | load_file(latents), scenes, tokens, device)
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main, sys.argv)

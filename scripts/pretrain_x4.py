@@ -12,8 +12,8 @@ Shapes: B batch, N scenes, C crop, Z latent channels, h x w latent size.
 
 import argparse
 import math
-from concurrent.futures import ProcessPoolExecutor
-from itertools import repeat
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,17 +21,32 @@ import pretrain_tiny as tiny
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from pretraining import Training, averages, begun, export, noised, psnr, start_at_zero, to_batch, weighted
+from pretraining import (
+    Training,
+    averages,
+    drawn,
+    export,
+    noised,
+    psnr,
+    reconstructed,
+    start,
+    start_at_zero,
+    to_batch,
+    weighted,
+)
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from world import Scene
 
 import minibooth
+from minibooth import command
 from minibooth.checkpoint import files
-from minibooth.diffusion.images import grid, to_tensor
+from minibooth.diffusion.images import grid, save_png, to_tensor
 from minibooth.diffusion.noise import generator
 from minibooth.diffusion.scheduler import DDPMScheduler
+from minibooth.models.clip import CLIPText
 from minibooth.models.config import UNetConfig, VAEConfig
+from minibooth.models.tokenizer import Tokenizer
 from minibooth.models.unet import UNet
 from minibooth.models.vae import VAE
 
@@ -63,7 +78,7 @@ def shrunk(images: np.ndarray) -> np.ndarray:
 def train_vae(args: argparse.Namespace, images: np.ndarray) -> VAE:
     """The tiny model's VAE, which knows pictures of 64 pixels, on crops of larger ones."""
     vae = VAE(VAEConfig.from_dict(CONFIGS["vae"]))
-    vae.load_state_dict(tiny.trained_vae(args.tiny).state_dict())
+    vae.load_state_dict(averages(args.tiny / "vae.safetensors"))
     training = Training(args.work / "vae.safetensors", vae, tiny.vae_loss, 0.01, args.vae_minutes, args.threads)
 
     def draw(step: int) -> tuple[Tensor, Tensor]:
@@ -72,10 +87,9 @@ def train_vae(args: argparse.Namespace, images: np.ndarray) -> VAE:
         crops = np.stack([images[i, y : y + 64, x : x + 64] for i, y, x in places])
         return to_batch(crops), torch.randn((8, vae.config.latent_channels, 16, 16), generator=generator(SEED, "vae", step))
 
-    @torch.no_grad()
     def show() -> None:
         x = to_batch(images[-8:])
-        print(f"vae: {psnr(x, training.average.decode(training.average.encode(x).mean).clamp(-1, 1)):.2f} dB", flush=True)
+        print(f"vae: {psnr(x, reconstructed(training.average, x)):.2f} dB", flush=True)
 
     training.run(draw, show)
     return training.average
@@ -92,29 +106,24 @@ def rescale(vae: VAE, by: float) -> None:
 
 
 @torch.no_grad()
-def prepare(args: argparse.Namespace, images: np.ndarray, scenes: list[Scene], tokens: dict[str, bytes]) -> dict[str, Tensor]:
-    """latents.safetensors: the scenes' posteriors, the scaling factor, and their captions encoded, in full and shortened."""
-    path = args.work / "latents.safetensors"
+def prepare(
+    args: argparse.Namespace, images: np.ndarray, scenes: list[Scene], tokens: dict[str, bytes], text_encoder: CLIPText
+) -> dict[str, Tensor]:
+    """latents-N.safetensors: N scenes' posteriors, the scaling factor, and captions encoded, in full and shortened."""
+    path = args.work / f"latents-{len(scenes)}.safetensors"
     if not path.exists():
-        vae, network = train_vae(args, images), tiny_networks(args, tokens)["text_encoder"]
+        vae = train_vae(args, images)
         with torch.autocast("cpu", torch.bfloat16):
             posteriors = [vae.encode(to_batch(part)) for part in np.array_split(images, len(images) // 4)]
         mean, std = (torch.cat([getattr(each, name).float() for each in posteriors]) for name in ("mean", "std"))
         rngs = (np.random.default_rng([SEED, 3, i]) for i in range(len(scenes)))
         captions = [words for scene, rng in zip(scenes, rngs, strict=True) for words in (scene.caption(), scene.caption(rng))]
-        tokenizer = tiny.Tokenizer.from_files(tokens)
-        context = torch.cat([network(tokenizer(part.tolist())) for part in np.array_split([*captions, ""], 20)])
+        tokenizer = Tokenizer.from_files(tokens)
+        context = torch.cat([text_encoder(tokenizer(part.tolist())) for part in np.array_split([*captions, ""], 20)])
         scale = (mean.var() + std.square().mean()).rsqrt()
         found = {"mean": mean.half(), "std": std.half(), "scale": scale, "context": context.half()}
         files.write_weights(path, found)
     return load_file(path)
-
-
-def tiny_networks(args: argparse.Namespace, tokens: dict[str, bytes]) -> nn.ModuleDict:
-    """UNet and text encoder of the tiny model."""
-    networks = tiny.new_generator(tokens)
-    networks.load_state_dict(averages(args.tiny / "generator.safetensors"))
-    return networks
 
 
 def unet_loss(unet: UNet, x: Tensor, t: Tensor, context: Tensor, level: Tensor, target: Tensor, weight: Tensor) -> Tensor:
@@ -124,9 +133,11 @@ def unet_loss(unet: UNet, x: Tensor, t: Tensor, context: Tensor, level: Tensor, 
     return weighted(prediction, target, weight) + 5 * coarse
 
 
-def train_unet(args: argparse.Namespace, images: np.ndarray, scenes: list[Scene], tokens: dict[str, bytes]) -> None:
+def train_unet(
+    args: argparse.Namespace, images: np.ndarray, scenes: list[Scene], tokens: dict[str, bytes], text_encoder: CLIPText
+) -> None:
     """The UNet on crops of the scenes."""
-    known = prepare(args, images, scenes, tokens)
+    known = prepare(args, images, scenes, tokens, text_encoder)
     scheduler, low_res = (DDPMScheduler.from_config(CONFIGS[name]) for name in ("scheduler", "low_res_scheduler"))
     unet = UNet(UNetConfig.from_dict(CONFIGS["unet"]))
     start_at_zero(unet, ("conv2", "proj_out", "conv_out"))
@@ -136,7 +147,7 @@ def train_unet(args: argparse.Namespace, images: np.ndarray, scenes: list[Scene]
     vae = VAE(VAEConfig.from_dict(CONFIGS["vae"]))
     vae.load_state_dict(averages(args.work / "vae.safetensors"))
     rescale(vae, scale / vae.scaling_factor)
-    parts = {"vae": vae, "unet": training.average, "text_encoder": tiny_networks(args, tokens)["text_encoder"]}
+    parts = {"vae": vae, "unet": training.average, "text_encoder": text_encoder}
     batch, side = 32, 24
 
     def draw(step: int) -> tuple[Tensor, ...]:
@@ -160,33 +171,35 @@ def train_unet(args: argparse.Namespace, images: np.ndarray, scenes: list[Scene]
         truth, low = images[-8:], shrunk(images[-8:])
         with torch.autocast("cpu", torch.bfloat16):
             how = dict(noise_level=0, steps=10, guidance_scale=1.0, seed=0)
-            drawn = upscaler.generate([scene.caption() for scene in scenes[-8:]], [Image.fromarray(x) for x in low], **how)
+            large = upscaler.generate([scene.caption() for scene in scenes[-8:]], [Image.fromarray(x) for x in low], **how)
         bicubic = [Image.fromarray(x).resize((SIZE, SIZE), Image.Resampling.BICUBIC) for x in low]
-        figures = [psnr(to_batch(truth), torch.stack([to_tensor(x) for x in made])) for made in (bicubic, drawn)]
+        figures = [psnr(to_batch(truth), torch.stack([to_tensor(x) for x in made])) for made in (bicubic, large)]
         print(f"x4: bicubic {figures[0]:.2f} dB, drawn {figures[1]:.2f} dB", flush=True)
-        sheet = grid([*bicubic, *drawn, *(Image.fromarray(x) for x in truth)], 8)
-        sheet.save(args.work / "samples.png")
+        sheet = grid([*bicubic, *large, *(Image.fromarray(x) for x in truth)], 8)
+        save_png(sheet, args.work / "samples.png", {})
 
     training.run(draw, show)
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """The stages in turn."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command.Parser("python scripts/pretrain_x4.py", __doc__.splitlines()[0])
+    minutes = command.within(0.01)
     parser.add_argument("--tiny", type=Path, required=True, help="the folder that pretrain_tiny.py worked in")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model, in the diffusers layout")
-    parser.add_argument("--work", type=Path, required=True, help="folder for scenes, training state and samples")
-    parser.add_argument("--minutes", type=float, default=40, help="the UNet, all calls (default 40)")
-    parser.add_argument("--vae-minutes", type=float, default=8, help="the VAE, all calls (default 8)")
-    parser.add_argument("--scenes", type=int, default=1500, help="how many to draw (default 1500)")
-    args = begun(parser, SEED)
+    parser.add_argument("--work", type=Path, required=True, help="folder for pictures, training state and samples")
+    parser.add_argument("--minutes", type=minutes, default=40, help="the UNet, all calls (default 40)")
+    parser.add_argument("--vae_minutes", type=minutes, default=8, help="the VAE, all calls (default 8)")
+    parser.add_argument("--scenes", type=command.within(HELD_OUT + 1), default=1500, help="how many to draw (default 1500)")
+    args = start(parser, argv, SEED)
 
-    scenes = [Scene.random(np.random.default_rng([SEED, i])) for i in range(args.scenes)]
-    with ProcessPoolExecutor(args.threads) as pool:
-        images = np.stack(list(pool.map(Scene.draw, scenes, repeat(SIZE), chunksize=20)))
     tokens = {path.name: path.read_bytes() for path in (args.tiny / "tokenizer").iterdir()}
-    train_unet(args, images, scenes, tokens)
+    networks = tiny.new_generator(tokens)
+    networks.load_state_dict(averages(args.tiny / "generator.safetensors"))
+    scenes = [Scene.random(np.random.default_rng([SEED, i])) for i in range(args.scenes)]
+    images = drawn(args.work / f"scenes-{args.scenes}.npy", scenes, SIZE, args.threads)
+    train_unet(args, images, scenes, tokens, networks["text_encoder"])
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main, sys.argv)

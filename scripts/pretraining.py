@@ -8,21 +8,26 @@ import copy
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from world import Mark, Scene, draw_all
 
+from minibooth import command
 from minibooth.checkpoint import files
+from minibooth.checkpoint.source import Source
 from minibooth.diffusion.scheduler import DDPMScheduler
 from minibooth.dreambooth.speed import Graph
 from minibooth.models.tokenizer import END, START
+from minibooth.models.vae import VAE
 
-CLASSES = {
+LIBRARY_CLASSES = {
     "scheduler": ["diffusers", "DDIMScheduler"],
     "low_res_scheduler": ["diffusers", "DDPMScheduler"],
     "text_encoder": ["transformers", "CLIPTextModel"],
@@ -31,14 +36,27 @@ CLASSES = {
 }
 
 
-def begun(parser: argparse.ArgumentParser, seed: int) -> argparse.Namespace:
+def start(parser: command.Parser, argv: Sequence[str], seed: int) -> argparse.Namespace:
     """The script's flags, --threads among them, with PyTorch seeded and a thread to each operation."""
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="processor cores to use (default all)")
-    args = parser.parse_args()
+    parser.add_argument(
+        "--threads", type=command.within(1), default=os.cpu_count(), help="processor cores to use (default all)"
+    )
+    args = parser.parse_args(command.normalise(argv))
     torch.manual_seed(seed)
     torch.set_num_threads(1)  # threads share out the batch instead (Training)
-    args.work.mkdir(parents=True, exist_ok=True)
+    command.ready_folder(args.work)
     return args
+
+
+def drawn(
+    path: Path, scenes: Sequence[Scene], size: int, workers: int, marks: Iterable[Mark | None] = repeat(None)
+) -> np.ndarray:
+    """The scenes' pictures, uint8 [N, size, size, 3], drawn once and kept in a file."""
+    if not path.exists():
+        images = draw_all(scenes, size, workers, marks)
+        with files.replacing(path) as temporary, temporary.open("wb") as file:
+            np.save(file, images)
+    return np.load(path)
 
 
 def to_batch(images: np.ndarray | Tensor) -> Tensor:
@@ -46,7 +64,7 @@ def to_batch(images: np.ndarray | Tensor) -> Tensor:
     return torch.as_tensor(images).permute(0, 3, 1, 2) / 127.5 - 1
 
 
-def on(device: torch.device, rng: torch.Generator) -> torch.Generator:
+def generator_on(device: torch.device, rng: torch.Generator) -> torch.Generator:
     """A generator as it is, or one of the device, which draws there what would be slow to bring."""
     return rng if device.type == "cpu" else torch.Generator(device).manual_seed(rng.initial_seed())
 
@@ -56,9 +74,22 @@ def psnr(x: Tensor, y: Tensor) -> float:
     return (-10 * (0.25 * (x - y).square().mean(dim=(1, 2, 3))).log10()).mean().item()
 
 
+@torch.no_grad()
+def reconstructed(vae: VAE, x: Tensor) -> Tensor:
+    """Pictures [B, 3, H, W] through the VAE and back."""
+    parts = x.to(vae.quant_conv.weight.device).split(16)
+    return torch.cat([vae.decode(vae.encode(part).mean) for part in parts]).clamp(-1, 1).to(x.device)
+
+
 def averages(path: Path) -> dict[str, Tensor]:
-    """The averaged weights of a training's file."""
-    return {name.removeprefix("average."): x for name, x in load_file(path).items() if name.startswith("average.")}
+    """The averaged weights of a training's file. Raises UserError where it is missing."""
+    return {name.removeprefix("average."): x for name, x in files.Tensors([path]).items() if name.startswith("average.")}
+
+
+def vocabulary(tokens: dict[str, bytes]) -> dict[str, int]:
+    """What a text encoder's configuration says of its tokenizer's files."""
+    ids = json.loads(tokens["vocab.json"])
+    return {"vocab_size": len(ids), "bos_token_id": ids[START], "eos_token_id": ids[END]}
 
 
 def noised(scheduler: DDPMScheduler, x0: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -80,25 +111,14 @@ def export(
     out: Path, index: dict, configs: dict[str, dict], networks: Mapping[str, nn.Module], tokens: dict[str, bytes]
 ) -> None:
     """Write the diffusers layout in fp16: `index` and the configurations, with what is measured put in, and the networks."""
-    ids = json.loads(tokens["vocab.json"])
-    measured = {
-        "vae": {"scaling_factor": networks["vae"].config.scaling_factor},
-        "text_encoder": {"vocab_size": len(ids), "bos_token_id": ids[START], "eos_token_id": ids[END]},
-    }
-    classes = {"tokenizer": ["transformers", "CLIPTokenizer"], **{part: CLASSES[part] for part in configs}}
+    measured = {"vae": {"scaling_factor": networks["vae"].config.scaling_factor}, "text_encoder": vocabulary(tokens)}
+    classes = {"tokenizer": ["transformers", "CLIPTokenizer"], **{part: LIBRARY_CLASSES[part] for part in configs}}
     small = {"model_index.json": json.dumps(index | classes, indent=2).encode()}
     small |= {f"tokenizer/{name}": data for name, data in tokens.items()}
     for part, config in configs.items():
         name = "scheduler_config.json" if part.endswith("scheduler") else "config.json"
         small[f"{part}/{name}"] = json.dumps(config | measured.get(part, {}), indent=2).encode()
-    with files.replacing(out, merge=True) as temporary:
-        for name, data in small.items():
-            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-            (temporary / name).write_bytes(data)
-        for part, network in networks.items():
-            stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
-            halves = {name: x.half().cpu() for name, x in network.state_dict().items()}
-            files.write_weights(temporary / part / f"{stem}.safetensors", halves)
+    Source(str(out), small, {part: network.state_dict() for part, network in networks.items()}).save(out, {}, torch.float16)
 
 
 def start_at_zero(network: nn.Module, names: tuple[str, ...]) -> None:
@@ -109,7 +129,7 @@ def start_at_zero(network: nn.Module, names: tuple[str, ...]) -> None:
                 nn.init.zeros_(parameter)
 
 
-def orthogonal(x: Tensor) -> Tensor:
+def newton_schulz(x: Tensor) -> Tensor:
     """About the orthogonal matrices nearest to those of x [K, rows, ...], by Newton and Schulz; columns are all other axes."""
     rows = x.flatten(2).bfloat16()
     wide = rows if rows.shape[1] < rows.shape[2] else rows.mT
@@ -169,10 +189,10 @@ class Training:
         """Time spent so far, over all calls."""
         return self.clock[2].item()
 
-    def gradients(self, share: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
-        """One thread's part of a step."""
+    def gradients(self, share: Sequence[Tensor], size: int) -> tuple[Tensor, Sequence[Tensor]]:
+        """One thread's part of a step on a batch of that size."""
         with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):  # the cache is common to all threads
-            loss = self.loss(self.network, *share) / self.shares
+            loss = self.loss(self.network, *share) * len(share[0]) / size
         return loss.detach(), torch.autograd.grad(loss, list(self.parameters.values()))
 
     @torch.no_grad()
@@ -191,7 +211,7 @@ class Training:
             parameter -= 0.1 * rate / first * momentum / ((square / second).sqrt() + 1e-8)
         else:
             tall = max(1.0, len(parameter[0]) / parameter[0, 0].numel()) ** 0.5
-            parameter -= rate * tall * orthogonal(gradient.lerp(momentum, 0.95))
+            parameter -= rate * tall * newton_schulz(gradient.lerp(momentum, 0.95))
         average += weight * (parameter - average)
         for column, new in zip(old, (momentum, parameter, average), strict=True):
             torch._foreach_copy_(column, new.unbind())
@@ -200,7 +220,7 @@ class Training:
         """The operations of a step; returns the loss."""
         spread = self.pool.map if self.shares > 1 else map  # another thread's would not be captured
         shares = zip(*(x.chunk(self.shares) for x in batch), strict=True)
-        losses, parts = zip(*spread(self.gradients, shares), strict=True)
+        losses, parts = zip(*spread(self.gradients, shares, repeat(len(batch[0]))), strict=True)
         whole = {name: sum(same) for name, *same in zip(self.parameters, *parts, strict=True)}
         list(spread(self.update, self.groups, [[whole[name] for name in names] for names in self.groups]))
         return torch.stack(losses).sum()
@@ -215,7 +235,10 @@ class Training:
         return self.run_step(*(x.to(self.device) for x in batch))
 
     def run(self, draw: Callable[[int], Sequence[Tensor]], show: Callable[[], None]) -> None:
-        """Train on draw(step) until the budget is spent, with a line a minute, the state every third, a show every tenth."""
+        """Train on draw(step) until the budget is spent, with a line a minute, the state every third, a show every tenth.
+
+        A last show follows, in a call that finds the budget spent as well.
+        """
         losses: list[Tensor] = []
         last = logged = kept = shown = time.monotonic()
         while self.seconds < self.budget:
@@ -234,6 +257,7 @@ class Training:
             if now - kept > 180 or over:
                 files.write_weights(self.path, self.state)
                 kept = now
-            if now - shown > 600 or over:
+            if now - shown > 600:
                 show()
                 shown = now
+        show()

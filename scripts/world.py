@@ -15,18 +15,23 @@ moves with the pose, which runs from -1 to 1. Places are functions: they draw wh
 while it is drawn, and draw what is in front; their coordinates are fractions of the picture, with y downwards.
 """
 
-import argparse
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
+
+from minibooth import command
+from minibooth.diffusion.images import save_png
 
 Colour = str | tuple[int, ...]
 Points = Sequence[tuple[float, float]] | np.ndarray
@@ -922,6 +927,9 @@ ACCESSORIES: dict[str, Accessory] = {
     "balloon": Accessory("with a balloon", "hand", BALLOON),
 }
 
+# What a caption may say of a scene, and the values of each; random scenes depend on the order.
+ATTRIBUTES = {"kind": CLASSES, "colour": COLOURS, "pattern": PATTERNS, "accessory": ACCESSORIES, "place": PLACES}
+
 WORN = {  # the room that accessories take at their anchors, and the subject itself, as high as its frame
     "head": (-0.6, -0.3, 0.6, 0.8),
     "eyes": (-0.6, -0.4, 0.6, 0.4),
@@ -1012,8 +1020,7 @@ class Scene:
     @classmethod
     def random(cls, rng: Rng, **fixed: object) -> "Scene":
         """A random scene; keyword arguments fix any of its values. The same rng state gives the same scene."""
-        tables = {"kind": CLASSES, "colour": COLOURS, "pattern": PATTERNS, "accessory": ACCESSORIES, "place": PLACES}
-        values: dict[str, object] = {name: list(table)[rng.integers(len(table))] for name, table in tables.items()}
+        values: dict[str, object] = {name: list(table)[rng.integers(len(table))] for name, table in ATTRIBUTES.items()}
         bare, plain = rng.random(2)
         values["accessory"] = "none" if bare < 0.3 else values["accessory"]
         values["pattern"] = "plain" if plain < 0.2 else values["pattern"]
@@ -1111,46 +1118,47 @@ def subject_scene(name: str, rng: Rng, **fixed: object) -> Scene:
     return scene if "size" in fixed else replace(scene, size=round(0.6 + (scene.size - 0.5) * 0.5, 4))
 
 
+def draw_all(
+    scenes: Sequence[Scene], size: int, workers: int | None = None, marks: Iterable[Mark | None] = repeat(None)
+) -> np.ndarray:
+    """Their pictures, uint8 [N, size, size, 3], by as many processes as there are workers (default: cores)."""
+    with ProcessPoolExecutor(workers) as pool:
+        return np.stack([*pool.map(Scene.draw, scenes, repeat(size), marks, chunksize=20)])
+
+
 # --- command line ----------------------------------------------------------------------------------------------------
 
 
-def write_subjects(out: Path, count: int = 5) -> None:
-    """A few photographs of every subject, each in another place and pose."""
+def write_subjects(out: Path) -> None:
+    """Five photographs of every subject, each in another place and pose."""
     for number, name in enumerate(SUBJECTS):
         rng = np.random.default_rng([number, 2])
-        places = rng.permutation(PHOTOGRAPHED).tolist()
-        (out / name).mkdir(parents=True, exist_ok=True)
-        for i, place in enumerate(places[:count]):
-            scene = subject_scene(name, rng, place=place, pose=round(-0.9 + 1.8 * i / (count - 1), 2))
-            Image.fromarray(scene.draw(256)).save(out / name / f"{i:02d}.png")
+        for i, place in enumerate(rng.permutation(PHOTOGRAPHED).tolist()[:5]):
+            scene = subject_scene(name, rng, place=place, pose=round(-0.9 + 0.45 * i, 2))
+            save_png(Image.fromarray(scene.draw(256)), out / name / f"{i:02d}.png", {})
 
 
-def write_sheet(out: Path, size: int, zoom: int, columns: int, rows: int, seed: int) -> None:
+def write_sheet(out: Path) -> None:
     """A contact sheet of random scenes with their captions."""
-    cell, line = size * zoom, 14
+    columns, rows, cell, line = 8, 6, 192, 14
     sheet = Image.new("RGB", (columns * cell, rows * (cell + line)), "white")
-    pen, rng = ImageDraw.Draw(sheet), np.random.default_rng(seed)
+    pen, rng = ImageDraw.Draw(sheet), np.random.default_rng(0)
     for i in range(columns * rows):
         scene = Scene.random(rng)
         x, y = i % columns * cell, i // columns * (cell + line)
-        sheet.paste(Image.fromarray(scene.draw(size)).resize((cell, cell), Image.Resampling.NEAREST), (x, y))
+        sheet.paste(Image.fromarray(scene.draw(64)).resize((cell, cell), Image.Resampling.NEAREST), (x, y))
         pen.text((x + 2, y + cell + 1), scene.caption(rng).partition(" of ")[2][: cell // 6], fill="black")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(out)
+    save_png(sheet, out, {})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    subjects = commands.add_parser("subjects", help="write five pictures of every subject")
-    subjects.add_argument("out", type=Path)
-    sheet = commands.add_parser("sheet", help="write a contact sheet of random captioned scenes")
-    sheet.add_argument("out", type=Path)
-    for name, default in (("size", 64), ("zoom", 3), ("columns", 8), ("rows", 6), ("seed", 0)):
-        sheet.add_argument(f"--{name}", type=int, default=default)
-    arguments = vars(parser.parse_args())
-    {"subjects": write_subjects, "sheet": write_sheet}[arguments.pop("command")](**arguments)
+def main(argv: Sequence[str]) -> None:
+    """Write what is asked for."""
+    parser = command.Parser("python scripts/world.py", __doc__.splitlines()[0])
+    parser.add_argument("what", choices=["subjects", "sheet"], help="photographs of every subject, or captioned random scenes")
+    parser.add_argument("out", type=Path, help="folder for the subjects, picture for the sheet")
+    args = parser.parse_args(command.normalise(argv))
+    {"subjects": write_subjects, "sheet": write_sheet}[args.what](args.out)
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main, sys.argv)

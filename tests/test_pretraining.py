@@ -1,14 +1,16 @@
 """What makes weights/: the optimiser that goes on where it was stopped, and the parts of the losses that are ours."""
 
+import pytest
 import torch
+from pretrain_clip import CONFIG, contrastive_loss, new_clip
 from pretrain_tiny import divergence
-from pretraining import Training, orthogonal
+from pretraining import Training, newton_schulz
 from torch import nn
 
 
-def test_orthogonal_keeps_directions_and_evens_lengths():
+def test_newton_schulz_keeps_directions_and_evens_lengths():
     x = torch.randn(3, 20, 4, 3, generator=torch.Generator().manual_seed(0))
-    for before, after in zip(x.flatten(2), orthogonal(x).flatten(2), strict=True):
+    for before, after in zip(x.flatten(2), newton_schulz(x).flatten(2), strict=True):
         u, _, v = torch.linalg.svd(before, full_matrices=False)
         assert torch.linalg.svdvals(after).sub(1).abs().max() < 0.35  # five steps come so near
         assert (u.T @ after @ v.T).diagonal().min() > 0.6
@@ -45,9 +47,10 @@ def test_it_learns(tmp_path):
     assert (job.average(x) - y).square().mean() < 0.2 * y.square().mean()
 
 
-def test_threads_share_a_batch(tmp_path):
-    one, two = (training(tmp_path / f"{threads}.safetensors", threads=threads) for threads in (1, 2))
-    losses = [[job.step(batch(step)).item() for step in range(5)] for job in (one, two)]
+@pytest.mark.parametrize("threads", [2, 3, 7])  # 16 samples in shares of 8, of 6, 6 and 4, and in six shares
+def test_threads_share_a_batch(tmp_path, threads):
+    jobs = [training(tmp_path / f"{count}.safetensors", threads=count) for count in (1, threads)]
+    losses = [[job.step(batch(step)).item() for step in range(5)] for job in jobs]
     torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-2, atol=1e-3)  # products are in bf16
 
 
@@ -58,3 +61,19 @@ def test_a_restart_goes_on(tmp_path):
     again = training(path, minutes=10.0)
     assert shown == [1] and again.seconds == first.seconds >= 0.6 and again.clock.equal(first.clock)
     assert all(x.equal(first.state[name]) for name, x in again.state.items())
+
+
+def test_a_call_without_budget_shows(tmp_path):
+    """As one does that was stopped between its last step and the export."""
+    path, shown = tmp_path / "state.safetensors", []
+    training(path, minutes=0.01).run(batch, lambda: None)
+    training(path, minutes=0.01).run(batch, lambda: shown.append(1))
+    assert shown == [1]
+
+
+def test_threads_part_no_family(tmp_path):
+    """Each picture's partner is in its own thread's share."""
+    network = new_clip(CONFIG | {"text_config": CONFIG["text_config"] | {"vocab_size": 9, "eos_token_id": 8}})
+    job = Training(tmp_path / "state.safetensors", network, contrastive_loss, 0.02, 10.0, threads=3)
+    pixels, ids = torch.rand(4, 2, 3, 64, 64), torch.tensor([7, 1, 8]).expand(4, 2, 3)
+    assert job.step((pixels, ids)).isfinite()
