@@ -12,20 +12,23 @@ Ruiz et al. 2022, sections 4.2 and 4.3. Each row is a variant's mean over its ru
     loss      mean of the last quarter of the steps
 
 Tables share their runs. A run's figures are a line in --figures, with a fingerprint of weights and default settings, and
-what is there is not made again. A table goes to OUT as TABLE.md, with TABLE.png: a row for each subject and variant whose
-run lies in OUT, pictures of the prompts and, last, of the bare class.
+what is there is not made again; the run itself lies in OUT/FINGERPRINT. After Ctrl-C, or where a run failed, the next call
+goes on. A table goes to OUT as TABLE.md, with TABLE.png: a row for each subject and variant whose run lies in OUT, pictures
+of the prompts and, last, of the bare class.
 """
 
-import argparse
 import hashlib
 import json
+import os
 import re
 import shutil
+import signal
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import product
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
@@ -39,9 +42,10 @@ from tqdm import tqdm
 from world import ACCESSORIES, CLASSES, PHOTOGRAPHED, PLACES, SUBJECTS
 
 import minibooth
-from minibooth.checkpoint.lora import DIFFUSERS
+from minibooth import command
+from minibooth.checkpoint import files
 from minibooth.checkpoint.source import Source
-from minibooth.command import ready_torch
+from minibooth.command import WEIGHTS
 from minibooth.diffusion.images import grid, save_png, to_tensor
 from minibooth.diffusion.text_to_image import StableDiffusion
 from minibooth.dreambooth import prior
@@ -49,7 +53,7 @@ from minibooth.dreambooth.data import find_pictures, open_picture
 from minibooth.dreambooth.metrics import Eyes, agreement, ceiling, likeness
 from minibooth.dreambooth.parallel import Ranks
 from minibooth.dreambooth.settings import Settings
-from minibooth.train import EMBEDDED, WEIGHTS, trainer
+from minibooth.train import EMBEDDED, trainer
 
 Changes = dict[str, Any] | None  # settings that differ from the default run's, `noun` and `pictures`; None: untrained
 LORA = {"rank": 8, "learning_rate": 3e-3, "text_encoder_lr": 3e-3}
@@ -81,6 +85,13 @@ def prompts(name: str, changes: Changes) -> list[str]:
     return [" ".join(filter(None, each)) for each in words]
 
 
+def complete(settings: Settings, device: str) -> None:
+    """Train, from the last checkpoint if there is one, what is not finished. Raises UserError for a run of other settings."""
+    run = trainer(settings, Ranks(torch.device(device)))
+    if not run.journal.finished:
+        run.train()
+
+
 def train(folder: Path, name: str, seed: int, changes: dict[str, Any], few_steps: dict[str, int], device: str) -> None:
     """The default run with other photographs, and `changes`; class pictures are of the subject's class, whatever the noun."""
     kind, photographs = SUBJECTS[name].kind, WEIGHTS / "subject" / name
@@ -97,7 +108,7 @@ def train(folder: Path, name: str, seed: int, changes: dict[str, Any], few_steps
         "prior_generation_precision": "fp32",
     }  # fmt: skip
     settings = {key: value for key, value in changes.items() if key not in ("noun", "pictures")}
-    trainer(Settings(**(EMBEDDED | own | settings | few_steps)), Ranks(torch.device(device))).train()
+    complete(Settings(**(EMBEDDED | own | settings | few_steps)), device)
 
 
 def draw(pipe: StableDiffusion, asked: Sequence[str], seed: int) -> list[Image.Image]:
@@ -115,7 +126,7 @@ def judged(judge: judges.Judge, name: str, new: Sequence[Image.Image], bare: Seq
     """The judge's figures of pictures of the new prompts, and of the bare class."""
     kind = SUBJECTS[name].kind
     seen = judges.verdicts(judge, torch.stack([to_tensor(image) for image in (*new, *bare)]))
-    values = {key: [list(judges.ATTRIBUTES[key])[i] for i in numbers.tolist()] for key, numbers in seen.items()}
+    values = {key: [list(judges.SEEN[key])[i] for i in numbers.tolist()] for key, numbers in seen.items()}
     marked = [(*pair,) == (kind, name) for pair in zip(values["kind"], values["marks"], strict=True)]
     right = [place == ASKED[i // EACH][0] for i, place in enumerate(values["place"][: len(new)])]
     shares = np.array([*Counter(values["colour"][len(new) :]).values()]) / len(bare)
@@ -141,10 +152,10 @@ def measured(
     }
 
 
-def folder_of(out: Path, name: str, seed: int, changes: Changes) -> Path:
-    """The folder of a run, by all that makes it."""
+def folder_of(out: Path, made: tuple[str, str], name: str, seed: int, changes: Changes) -> Path:
+    """The folder of a run, by all that makes it, `fingerprints` among it."""
     words = "untrained" if changes is None else "-".join(f"{key}-{value}" for key, value in changes.items()) or "default"
-    return out / re.sub(r"[^\w.-]", "-", f"{words}-{name}-{seed}")
+    return out / made[changes is not None] / re.sub(r"[^\w.-]", "-", f"{words}-{name}-{seed}")
 
 
 def final_loss(folder: Path) -> float:
@@ -155,10 +166,10 @@ def final_loss(folder: Path) -> float:
 
 
 def run(
-    judge: Path, folder: Path, name: str, seed: int, changes: Changes, few_steps: dict[str, int], device: str = "cpu"
+    judge: Path, folder: Path, name: str, seed: int, changes: Changes, few_steps: dict[str, int], device: str
 ) -> dict[str, float]:
     """Train (only so long, if `few_steps` says so), draw and measure; leaves sheet.png, a row of pictures."""
-    if changes is not None and not any((folder / file).exists() for file in ("model_index.json", DIFFUSERS)):
+    if changes is not None:
         train(folder, name, seed, changes, few_steps, device)
     whole = changes is not None and "rank" not in changes
     pipe = minibooth.load(folder if whole else WEIGHTS / "tiny", device=device)
@@ -168,24 +179,36 @@ def run(
     new, bare = (draw(pipe, each, seed) for each in (asked, [f"a photo of a {SUBJECTS[name].kind}"] * (OF_CLASS // EACH)))
     figures = judged(judges.load(judge), name, new, bare) | measured(Eyes(WEIGHTS / "tiny-clip"), name, asked, new, bare)
     figures |= {"loss": final_loss(folder)} if changes is not None else {}
-    folder.mkdir(parents=True, exist_ok=True)
     save_png(grid(new[::EACH] + bare[::EACH][:4], len(ASKED) + 4), folder / "sheet.png", {"prompts": " | ".join(asked)})
     return figures
 
 
 def ready() -> None:
-    """A worker before its first run."""
-    ready_torch()
+    """A worker before its first run; Ctrl-C is for `main`, which ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    command.ready_torch()
     torch.set_num_threads(1)
 
 
-def fingerprints(few_steps: dict[str, int]) -> list[str]:
+def work(*job: Any) -> dict[str, float]:
+    """`run` in a worker, which ends where SIGTERM does, after a checkpoint where it trains."""
+    try:
+        return run(*job)
+    except KeyboardInterrupt:
+        os._exit(143)  # or it would begin another
+
+
+def fingerprint(*what: Any) -> str:
+    """Ten digits that tell what can be written as JSON from anything else."""
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def fingerprints(few_steps: dict[str, int]) -> tuple[str, str]:
     """Of what all runs have in common, model and drawing; and, for those that train, with the default settings besides."""
     source = Source.open(EMBEDDED["pretrained_model_name_or_path"])
     drawn = [prior.origin(source, source.weights, torch.float32), DRAWING, ASKED]
     settings = {name: value for name, value in (EMBEDDED | few_steps).items() if str(WEIGHTS) not in str(value)}
-    words = (json.dumps(each, sort_keys=True) for each in (drawn, [*drawn, prior.DRAWING, settings]))
-    return [hashlib.sha256(each.encode()).hexdigest()[:10] for each in words]
+    return fingerprint(*drawn), fingerprint(*drawn, prior.DRAWING, settings)
 
 
 def table(rows: dict[str, list[dict[str, float]]]) -> str:
@@ -207,45 +230,52 @@ def labelled(sheet: Path, words: str) -> Image.Image:
     return card
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """All runs, then the tables and the pictures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command.Parser("python scripts/ablations.py", __doc__.splitlines()[0])
     parser.add_argument("--judge", type=Path, required=True, help="folder of judge.safetensors (scripts/judge.py train)")
     parser.add_argument("--out", type=Path, required=True, help="folder for runs, tables and pictures")
-    parser.add_argument("--figures", type=Path, default=WEIGHTS / "ablations.jsonl", help="(default weights/ablations.jsonl)")
+    parser.add_argument("--figures", type=Path, help="(default weights/ablations.jsonl; with --max_train_steps one in OUT)")
     parser.add_argument("--tables", nargs="+", default=[*TABLES], choices=[*TABLES])
     parser.add_argument("--subjects", nargs="+", default=["robot", "cat", "cup"], choices=[*SUBJECTS])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--workers", type=int, help="runs at a time, one thread each (default: all cores)")
+    parser.add_argument("--seeds", nargs="+", type=command.within(0), default=[0, 1, 2])
+    parser.add_argument("--workers", type=command.within(1), help="runs at a time, one thread each (default: all cores)")
     parser.add_argument("--device", default="cpu", help="that of all runs, cpu or cuda (default cpu)")
-    parser.add_argument("--max_train_steps", type=int, help="of every run, for a quick look in a folder of its own")
-    args = parser.parse_args()
+    parser.add_argument("--max_train_steps", type=command.within(1), help="of every run, for a quick look")
+    args = parser.parse_args(command.normalise(argv))
+    command.device(args.device)
+    judges.load(args.judge)  # what would stop every run is to be known now
     few_steps = {"max_train_steps": args.max_train_steps} if args.max_train_steps else {}
-    cells = [*product(args.subjects, args.seeds)]
-    wanted = {folder_of(args.out, *cell, changes): (*cell, changes)
+    record = args.figures or (args.out if few_steps else WEIGHTS) / "ablations.jsonl"
+    command.ready_folder(record.parent)
+    made, cells = fingerprints(few_steps), [*product(args.subjects, args.seeds)]
+    wanted = {folder_of(args.out, made, *cell, changes): (*cell, changes)
               for key in args.tables for changes in TABLES[key].values() for cell in cells}  # fmt: skip
-    made = fingerprints(few_steps)
-    of = {folder.name: made[changes is not None] for folder, (*_, changes) in wanted.items()}
-    lines = args.figures.read_text().splitlines() if args.figures.exists() else []
-    known = {line["run"]: line["figures"] for line in map(json.loads, lines) if line["of"] == of.get(line["run"])}
+    lines = map(json.loads, record.read_text().splitlines() if record.exists() else [])
+    known = {args.out / line["of"] / line["run"]: line["figures"] for line in lines}
     with ProcessPoolExecutor(args.workers, get_context("spawn"), ready) as pool:
-        runs = {
-            pool.submit(run, args.judge, folder, *what, few_steps, args.device): folder.name
-            for folder, what in wanted.items()
-            if folder.name not in known
-        }
-        for done in tqdm(as_completed(runs), desc="runs", total=len(runs), mininterval=0):
-            name, figures = runs[done], done.result()
-            known[name] = figures
-            with args.figures.open("a") as file:
-                file.write(json.dumps({"run": name, "of": of[name], "figures": figures}) + "\n")
-    args.out.mkdir(parents=True, exist_ok=True)
+        try:
+            runs = {
+                pool.submit(work, args.judge, folder, *what, few_steps, args.device): folder
+                for folder, what in wanted.items()
+                if folder not in known
+            }
+            for done in tqdm(as_completed(runs), desc="runs", total=len(runs), mininterval=0):
+                folder = runs[done]
+                known[folder] = done.result()
+                with record.open("a") as file:
+                    file.write(json.dumps({"run": folder.name, "of": folder.parent.name, "figures": known[folder]}) + "\n")
+        finally:
+            for worker in active_children():
+                worker.terminate()
     for key in args.tables:
-        folders = {label: [folder_of(args.out, *cell, changes) for cell in cells] for label, changes in TABLES[key].items()}
-        rows = {label: [known[each.name] for each in found] for label, found in folders.items()}
-        (args.out / f"{key}.md").write_text(f"{(text := table(rows))}\n")
+        folders = {
+            label: [folder_of(args.out, made, *cell, changes) for cell in cells] for label, changes in TABLES[key].items()
+        }
+        text = table({label: [known[folder] for folder in found] for label, found in folders.items()})
+        files.write_text(args.out / f"{key}.md", f"{text}\n")
         print(f"\n{key}\n\n{text}")
-        first = [(f"{name}, {label}", folder_of(args.out, name, args.seeds[0], changes))
+        first = [(f"{name}, {label}", folder_of(args.out, made, name, args.seeds[0], changes))
                  for name, (label, changes) in product(args.subjects, TABLES[key].items())]  # fmt: skip
         sheets = [labelled(path, words) for words, folder in first if (path := folder / "sheet.png").exists()]
         if sheets:
@@ -253,4 +283,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main, sys.argv)

@@ -10,10 +10,11 @@ badge and odd part, against what was drawn:
     distance   between the judge's features, of unit length at every place, as LPIPS takes them (low is good)
 
 each where the small picture is shown with the least noise (level 0) and where it is noised by level 20, the model's default.
-To OUT go table.md and detail.png: a row for each subject, columns as the rows of the table, and last the truth.
+To OUT go table.md and detail.png: a row for each subject, columns as the rows of the table, and last the truth. The runs
+lie in a folder of OUT that is named after the weights; after Ctrl-C the next call goes on.
 """
 
-import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ import judge as judges
 import numpy as np
 import torch
 import torch.nn.functional as F
+from ablations import complete, fingerprint
 from PIL import Image
 from pretrain_x4 import shrunk
 from pretraining import psnr
@@ -31,10 +33,14 @@ from torch import Tensor, nn
 from world import SUBJECTS, Scene, subject_scene
 
 import minibooth
-from minibooth.diffusion.images import grid, to_tensor
-from minibooth.dreambooth.parallel import Ranks
+from minibooth import command
+from minibooth.checkpoint import files
+from minibooth.checkpoint.source import Source
+from minibooth.command import WEIGHTS
+from minibooth.diffusion.images import grid, save_png, to_tensor
+from minibooth.dreambooth import prior
 from minibooth.dreambooth.settings import Settings
-from minibooth.train import EMBEDDED, WEIGHTS, second_step, trainer
+from minibooth.train import EMBEDDED, second_step
 
 SIZE, LEVELS, SEED = 256, (0, 20), 7
 VARIANTS: dict[str, dict | None] = {  # what differs from the default run's second step; None: not tuned
@@ -48,9 +54,8 @@ DRAWING = {"steps": 25, "guidance_scale": 1.0, "sampler": "dpmpp_2m", "seed": 0}
 def train(folder: Path, name: str, changes: dict) -> None:
     """The default run's second step on a subject, with `changes`."""
     own = {"instance_data_dir": str(WEIGHTS / "subject" / name), "output_dir": str(folder), "seed": SEED}
-    words = {"instance_prompt": prompt(name), "validation_prompt": None}
-    settings = replace(second_step(Settings(**EMBEDDED)), **own, **words, **changes)
-    trainer(settings, Ranks(torch.device("cpu"))).train()
+    own |= {"instance_prompt": prompt(name), "validation_prompt": None, "resume_from_checkpoint": "latest"}
+    complete(replace(second_step(Settings(**EMBEDDED)), **own | changes), "cpu")
 
 
 def prompt(name: str) -> str:
@@ -68,10 +73,10 @@ def distance(layers: nn.Sequential, x: Tensor, y: Tensor) -> float:
     return mean(total)
 
 
-def enlarged(out: Path, variant: str, name: str, low: Sequence[Image.Image]) -> list[list[Image.Image]]:
-    """The small pictures at each of LEVELS, four times as large, by one of VARIANTS; trained first, if that was not done."""
-    changes, folder = VARIANTS[variant], out / f"{variant.replace(', ', '-').replace(' ', '-')}-{name}"
-    if changes is not None and not (folder / "model_index.json").exists():
+def enlarged(runs: Path, variant: str, name: str, low: Sequence[Image.Image]) -> list[list[Image.Image]]:
+    """The small pictures at each of LEVELS, four times as large, by one of VARIANTS; trained first, if it is not."""
+    changes, folder = VARIANTS[variant], runs / f"{variant.replace(', ', '-').replace(' ', '-')}-{name}"
+    if changes is not None:
         train(folder, name, changes)
     upscaler = minibooth.load(WEIGHTS / "tiny-x4" if changes is None else folder)
     return [upscaler.generate([prompt(name)], low, noise_level=level, **DRAWING) for level in LEVELS]
@@ -90,15 +95,16 @@ def compare(
     return first, second
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """All runs, the table and the picture."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command.Parser("python scripts/detail.py", __doc__.splitlines()[0])
     parser.add_argument("--judge", type=Path, required=True, help="folder of judge.safetensors (scripts/judge.py train)")
     parser.add_argument("--out", type=Path, required=True, help="folder for runs, table.md and detail.png")
     parser.add_argument("--subjects", nargs="+", default=[*SUBJECTS], choices=[*SUBJECTS])
-    parser.add_argument("--scenes", type=int, default=6, help="new scenes of each subject")
-    args = parser.parse_args()
-    judge = judges.load(args.judge)
+    parser.add_argument("--scenes", type=command.within(1), default=6, help="new scenes of each subject")
+    args = parser.parse_args(command.normalise(argv))
+    judge, source = judges.load(args.judge), Source.open(WEIGHTS / "tiny-x4")
+    runs = args.out / fingerprint(prior.origin(source, source.weights, torch.float32))
     figures: dict[str, list[tuple[float, ...]]] = {}
     rows = []
     for number, name in enumerate(args.subjects):
@@ -106,7 +112,7 @@ def main() -> None:
         drawn = np.stack([scene.draw(SIZE) for scene in scenes])
         truth, low = ([*map(Image.fromarray, images)] for images in (drawn, shrunk(drawn)))
         made = {"bicubic": [[each.resize((SIZE, SIZE), Image.Resampling.BICUBIC) for each in low]] * len(LEVELS)}
-        made |= {variant: enlarged(args.out, variant, name, low) for variant in VARIANTS}
+        made |= {variant: enlarged(runs, variant, name, low) for variant in VARIANTS}
         for variant, sets in made.items():
             found = tuple(figure for pictures in sets for figure in compare(judge, pictures, truth, scenes))
             figures.setdefault(variant, []).append(found)
@@ -118,9 +124,9 @@ def main() -> None:
         columns = enumerate(zip(*found, strict=True))
         lines.append([variant, *(f"{mean(column):.{3 if i % 2 else 2}f}" for i, column in columns)])
     print(text := markdown(titles, lines))
-    (args.out / "table.md").write_text(f"{text}\n")
-    grid(rows, len(figures) + 1).save(args.out / "detail.png")
+    files.write_text(args.out / "table.md", f"{text}\n")
+    save_png(grid(rows, len(figures) + 1), args.out / "detail.png", {})
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main, sys.argv)
