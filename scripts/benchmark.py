@@ -8,9 +8,9 @@ carry flags of minibooth.train, and a side variables of the environment before i
 
     --rows "unet --train_batch_size 8" --sides reference "THP_MEM_ALLOC_ENABLE=0 ours --full_bf16 --compile off" floor
 
-Every measurement is a process of its own, and the sides take turns, --repeats times; with --at_once, so many are set up side
-by side, which is most of the time where there is a compiler, and still measured one by one. Each leaves a line of JSON in
---out as soon as it is done; the table has medians over all. A folder of configurations without weights gets random ones.
+Every measurement is a process of its own, and the sides take turns, --repeats times. --at_once N sets N up side by side
+(compiling is most of the time); they are still measured one by one. Each leaves a line of JSON in --out as soon as it is
+done; the table has medians over all. A folder of configurations without weights gets random ones.
 
 On a GPU; SD1 and SD2 are folders of models. Compiled sides take five minutes to be ready, so they have a call of their own:
 
@@ -24,7 +24,6 @@ On a GPU; SD1 and SD2 are folders of models. Compiled sides take five minutes to
         --rows "unet --train_batch_size 64" --sides ours
 """
 
-import argparse
 import itertools
 import json
 import os
@@ -34,7 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
@@ -55,8 +54,9 @@ from minibooth.dreambooth import speed
 from minibooth.dreambooth.parallel import Ranks
 from minibooth.dreambooth.prior import DRAWING
 from minibooth.dreambooth.settings import Settings
+from minibooth.errors import UserError
 
-ROWS = {  # what a step is, in flags
+ROWS = {  # what a step is, in flags; of one picture (and one of the class), unless more flags say otherwise
     "unet": "",
     "prior": "--with_prior_preservation",
     "text": "--train_text_encoder",
@@ -65,6 +65,7 @@ ROWS = {  # what a step is, in flags
     "load": "",  # a pipeline, until every weight was read
 }
 TITLES = ["row", "precision", "side", "seconds", "/ reference", "pictures/s", "GiB", "/ reference", "floor / seconds", "first"]
+SIDES = "reference", "ours", "floor"
 PROMPTS = {"instance_prompt": "a photo of sks dog", "class_prompt": "a photo of dog"}
 FOLDERS = "instance_data_dir", "class_data_dir"  # of the same pictures
 READY = "ready to be measured"
@@ -72,19 +73,21 @@ Step = Callable[[int], None]
 
 
 def settings(job: dict[str, Any]) -> Settings:
-    """The run that a job describes."""
-    folder, (row, *flags) = Path(job["folder"]), shlex.split(job["row"])
+    """The run that a job describes. Raises UserError for a row, a side or flags that are not there."""
+    folder, (row, *flags), (_, side, more) = Path(job["folder"]), shlex.split(job["row"]), parse_side(job["side"])
+    if row not in ROWS or side not in SIDES:
+        raise UserError(f"{row} by {side}: --rows are {', '.join(ROWS)}, and --sides {', '.join(SIDES)}")
     named = PROMPTS | {name: str(folder / name) for name in FOLDERS}
     named |= {"pretrained_model_name_or_path": job["model"], "output_dir": str(folder / "run"), "num_class_images": 1}
-    named |= {"resolution": job["resolution"], "train_batch_size": job["batch"], "max_train_steps": job["steps"] + 1}
+    named |= {"resolution": job["resolution"], "train_batch_size": 1, "max_train_steps": job["steps"] + 1}
     named |= {"mixed_precision": job["precision"].replace("fp32", "no"), "device": job["device"], "seed": 0}
     words = [f"--{name}={value}" for name, value in named.items()]
-    return train.parse([*words, *shlex.split(ROWS[row]), *flags, *parts(job["side"])[2]])
+    return train.parse([*words, *shlex.split(ROWS[row]), *flags, *more])
 
 
-def parts(side: str) -> tuple[dict[str, str], str, list[str]]:
+def parse_side(text: str) -> tuple[dict[str, str], str, list[str]]:
     """A side as variables of the environment, its name, and flags."""
-    words = shlex.split(side)
+    words = shlex.split(text)
     variables = [*itertools.takewhile(lambda word: "=" in word, words)]
     name, *flags = words[len(variables) :]
     return dict(word.split("=", 1) for word in variables), name, flags
@@ -210,7 +213,7 @@ def wait_for_turn() -> None:
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
     """One measurement, in this process: set up, a first step, and when its turn comes what counts."""
-    s, row, name, dtype = settings(job), shlex.split(job["row"])[0], parts(job["side"])[1], DTYPES[job["precision"]]
+    s, row, name, dtype = settings(job), shlex.split(job["row"])[0], parse_side(job["side"])[1], DTYPES[job["precision"]]
     pictures = {"pictures": s.train_batch_size * (1 + s.with_prior_preservation)} if row != "load" else {}
     if name == "ours":
         command.ready_torch()  # as python -m minibooth.train would
@@ -234,7 +237,7 @@ def measure(jobs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         running = []
         for job in jobs:
             argv = [sys.executable, __file__, "--job", json.dumps(job | {"began": time.time()})]
-            variables, *_ = parts(job["side"])
+            variables, *_ = parse_side(job["side"])
             errors = stack.enter_context(tempfile.TemporaryFile("w+"))
             how = {"env": os.environ | variables, "stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
             process = subprocess.Popen(argv, stderr=errors, **how)
@@ -277,26 +280,25 @@ def table(lines: list[dict[str, Any]]) -> str:
     return markdown(TITLES, rows)
 
 
-def main() -> None:
-    """Every measurement, in turns, as long as the budget lasts; then the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, help="folder in the diffusers layout")
+def main(argv: Sequence[str]) -> None:
+    """Every measurement, in turns; then the table."""
+    if argv[:1] == ["--job"]:  # what `measure` starts
+        return print(json.dumps(work(json.loads(argv[1]))))
+    parser, whole = command.Parser("python scripts/benchmark.py", __doc__.splitlines()[0]), command.within(1)
+    parser.add_argument("--model", type=Path, required=True, help="folder in the diffusers layout")
     parser.add_argument("--rows", nargs="+", default=[*ROWS], help=", ".join(ROWS))
-    parser.add_argument("--sides", nargs="+", default=["reference", "ours", "floor"])
+    parser.add_argument("--sides", nargs="+", default=[*SIDES], help=", ".join(SIDES))
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=[*DTYPES])
-    parser.add_argument("--resolution", type=int, default=512)
-    parser.add_argument("--pictures", type=int, default=4, help="photographs, and as many class pictures")
-    parser.add_argument("--batch", type=int, default=1, help="pictures of a step, and those drawn at a time")
-    parser.add_argument("--steps", type=int, default=3, help="steps of a measurement, after a first one that does not count")
-    parser.add_argument("--draw_steps", type=int, default=50, help="steps of drawing")
-    parser.add_argument("--repeats", type=int, default=3, help="measurements of each row, side and precision")
+    parser.add_argument("--resolution", type=whole, default=512)
+    parser.add_argument("--pictures", type=whole, default=4, help="photographs, and as many class pictures")
+    parser.add_argument("--steps", type=whole, default=3, help="steps of a measurement, after a first one that does not count")
+    parser.add_argument("--draw_steps", type=whole, default=50, help="steps of drawing")
+    parser.add_argument("--repeats", type=whole, default=3, help="measurements of each row, side and precision")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--at_once", type=int, default=1, help="processes to set up side by side (default 1)")
+    parser.add_argument("--at_once", type=whole, default=1, help="processes to set up side by side (default 1)")
     parser.add_argument("--out", type=Path, default=Path(os.devnull), help="file of JSON lines to append to")
-    parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.job:
-        return print(json.dumps(work(args.job)))
+    args = parser.parse_args(command.normalise(argv))
+    command.device(args.device)
     lines = []
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{os.cpu_count()} cores"
     with tempfile.TemporaryDirectory() as temporary:
@@ -305,13 +307,15 @@ def main() -> None:
             noise = np.random.default_rng(n).integers(0, 256, (args.resolution, args.resolution, 3), np.uint8)
             (folder / name).mkdir(exist_ok=True)
             Image.fromarray(noise).save(folder / name / f"{n}.png")
-        same = {name: getattr(args, name) for name in ("resolution", "batch", "steps", "draw_steps", "device")}
+        same = {name: getattr(args, name) for name in ("resolution", "steps", "draw_steps", "device")}
         same |= {"model": str(counting.filled(args.model, folder)), "folder": temporary}
         jobs = [
             {"row": row, "precision": precision, "side": side, "repeat": repeat} | same
             for repeat, precision, row, side in itertools.product(range(args.repeats), args.precision, args.rows, args.sides)
-            if parts(side)[1] != "floor" or shlex.split(row)[0] not in ("draw", "load")
+            if parse_side(side)[1] != "floor" or shlex.split(row)[0] not in ("draw", "load")
         ]
+        for job in jobs:
+            settings(job).check()  # what would stop one is to be known now
         for i in range(0, len(jobs), args.at_once):
             some = jobs[i : i + args.at_once]
             for job, found in zip(some, measure(some), strict=True):
@@ -323,4 +327,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:  # without `command.run`, whose settings of PyTorch the reference would inherit
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"benchmark: error: {error}", file=sys.stderr)
+        sys.exit(2)

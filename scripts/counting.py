@@ -1,8 +1,10 @@
 """What a training step takes and holds, counted on tensors without storage; and what this machine could do.
 
-    python scripts/counting.py --pretrained_model_name_or_path FOLDER --resolution 512 [flags of minibooth.train]
+    python scripts/counting.py --pretrained_model_name_or_path FOLDER --resolution 512 \\
+        --instance_data_dir PHOTOGRAPHS --instance_prompt "a photo of sks dog"
 
-FOLDER is one in the diffusers layout, here; its weights are not read.
+The flags are those of minibooth.train. FOLDER is one in the diffusers layout, here; neither its weights nor the photographs
+are read.
 Runs two steps, optimizer included, as a GPU with flash attention would in bf16 (under autocast, but with --full_bf16), and
 prints the second's peak.
 Besides it a process on a GPU holds CUDA's own memory (about half a GiB) and what its allocator loses to fragments.
@@ -38,16 +40,18 @@ IN_BF16 = "conv2d", "linear", "scaled_dot_product_attention", "group_norm", "lay
 
 
 def described(folder: Path) -> Source:
-    """A model's configurations, whether or not it has weights."""
+    """A model's configurations, whether or not it has weights. Raises UserError for no folder in the diffusers layout."""
+    if not (folder / INDEX).is_file():
+        raise UserError(f"{folder} is no folder in the diffusers layout here")
     return Source(str(folder), {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.json")})
 
 
 def filled(model: Path, folder: Path) -> Path:
     """A model's folder; where it has configurations alone, a copy in `folder` with random weights."""
+    source = described(model)
     if any(model.glob("unet/*.safetensors")):
         return model
     copy = Path(shutil.copytree(model, folder / "model"))
-    source = described(copy)
     for name in KINDS[source.kind]:
         state = {key: torch.randn(x.shape) * x[0].numel() ** -0.5 for key, x in source.skeleton(name).state_dict().items()}
         save_file(state, copy / name / f"{COMPONENTS[name].stem}.safetensors", {"format": "pt"})
@@ -56,12 +60,9 @@ def filled(model: Path, folder: Path) -> Path:
 
 def networks(s: Settings) -> dict[str, Any]:
     """The UNet, and the text encoder where it trains, on meta, as the trainer prepares them."""
-    folder = Path(s.pretrained_model_name_or_path)
-    if not (folder / INDEX).is_file():
-        raise UserError(f"{folder} is no folder in the diffusers layout here: nothing else is counted")
-    source = described(folder)
+    source = described(Path(s.pretrained_model_name_or_path))
     if source.kind == "StableDiffusionUpscalePipeline" or ("XL" in source.kind and s.train_text_encoder):
-        raise UserError(f"{folder}: neither an upscaler nor XL's text encoders are counted")
+        raise UserError(f"{source.name}: neither an upscaler nor XL's text encoders are counted")
     texts = [name for name in KINDS[source.kind] if name.startswith("text_encoder")] * s.train_text_encoder
     found = {name: source.skeleton(name).train().requires_grad_(not s.rank) for name in ("unet", *texts)}
     for network in found.values():

@@ -40,6 +40,12 @@ def test_a_failure_is_a_line_and_a_cell(tmp_path):
     assert benchmark.table([line]).splitlines()[-1] == "| unet | fp32 | ours | out of memory |"
 
 
+def test_a_mistake_is_one_line_before_anything_is_measured():
+    command = [sys.executable, benchmark.__file__, "--model", str(tiny()), "--resolution", "64", "--rows", "unet", "foo"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout and done.stderr.startswith("benchmark: error: foo by reference")
+
+
 def test_a_folder_of_configurations_is_filled(tmp_path):
     bare = tmp_path / "bare"
     for path in tiny().rglob("*"):
