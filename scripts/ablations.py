@@ -19,7 +19,6 @@ of the prompts and, last, of the bare class.
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import signal
@@ -184,18 +183,10 @@ def run(
 
 
 def ready() -> None:
-    """A worker before its first run; Ctrl-C is for `main`, which ends it."""
+    """A worker before its first run; Ctrl-C is left to `main`, which ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     command.ready_torch()
     torch.set_num_threads(1)
-
-
-def work(*job: Any) -> dict[str, float]:
-    """`run` in a worker, which ends where SIGTERM does, after a checkpoint where it trains."""
-    try:
-        return run(*job)
-    except KeyboardInterrupt:
-        os._exit(143)  # or it would begin another
 
 
 def fingerprint(*what: Any) -> str:
@@ -256,7 +247,7 @@ def main(argv: Sequence[str]) -> None:
     with ProcessPoolExecutor(args.workers, get_context("spawn"), ready) as pool:
         try:
             runs = {
-                pool.submit(work, args.judge, folder, *what, few_steps, args.device): folder
+                pool.submit(run, args.judge, folder, *what, few_steps, args.device): folder
                 for folder, what in wanted.items()
                 if folder not in known
             }
@@ -265,9 +256,10 @@ def main(argv: Sequence[str]) -> None:
                 known[folder] = done.result()
                 with record.open("a") as file:
                     file.write(json.dumps({"run": folder.name, "of": folder.parent.name, "figures": known[folder]}) + "\n")
-        finally:
+        except BaseException:  # a run that failed, or Ctrl-C: the others end too
             for worker in active_children():
-                worker.terminate()
+                worker.kill()
+            raise
     for key in args.tables:
         folders = {
             label: [folder_of(args.out, made, *cell, changes) for cell in cells] for label, changes in TABLES[key].items()
