@@ -190,7 +190,7 @@ def ready() -> None:
 
 
 def fingerprint(*what: Any) -> str:
-    """Ten digits that tell what can be written as JSON from anything else."""
+    """Ten hexadecimal digits of the hash of `what`, written as JSON."""
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]
 
 

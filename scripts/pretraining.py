@@ -38,9 +38,7 @@ LIBRARY_CLASSES = {
 
 def start(parser: command.Parser, argv: Sequence[str], seed: int) -> argparse.Namespace:
     """The script's flags, --threads among them, with PyTorch seeded and a thread to each operation."""
-    parser.add_argument(
-        "--threads", type=command.within(1), default=os.cpu_count(), help="processor cores to use (default all)"
-    )
+    parser.add_argument("--threads", type=command.within(1), default=os.cpu_count(), help="cores to use (default all)")
     args = parser.parse_args(command.normalise(argv))
     torch.manual_seed(seed)
     torch.set_num_threads(1)  # threads share out the batch instead (Training)
