@@ -177,7 +177,7 @@ def main(argv: Sequence[str]) -> None:
     training.add_argument("--epochs", type=command.within(1), default=8)
     scoring.add_argument("--judge", type=Path, required=True, help="folder of judge.safetensors")
     scoring.add_argument("--model", type=Path, required=True, help="folder in the diffusers layout")
-    scoring.add_argument("--scenes", type=command.within(1), default=500)
+    scoring.add_argument("--scenes", type=command.within(2), default=500)
     scoring.add_argument("--steps", type=command.within(1), default=25)
     scoring.add_argument("--guidance_scale", type=command.within(0.0), default=4.0)
     for each in (training, scoring):
