@@ -21,19 +21,7 @@ import pretrain_tiny as tiny
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from pretraining import (
-    Training,
-    averages,
-    drawn,
-    export,
-    noised,
-    psnr,
-    reconstructed,
-    start,
-    start_at_zero,
-    to_batch,
-    weighted,
-)
+from pretraining import Training, averages, drawn, export, noised, psnr, reconstructed, start, start_at_zero, to_batch, weighted
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from world import Scene
