@@ -30,7 +30,8 @@ from minibooth.checkpoint import files
 from minibooth.diffusion.images import to_tensor
 from minibooth.models.vae import VAE
 
-SEEN = ATTRIBUTES | {"marks": ("", *SUBJECTS)}  # what the judge tells; marks are those of a subject, or of none
+SEEN = {name: ATTRIBUTES[name] for name in ("kind", "place", "colour", "pattern", "accessory")}  # what the judge tells
+SEEN |= {"marks": ("", *SUBJECTS)}  # those of a subject, or of none
 UNSAID = ("plain", "none")  # values that a caption passes over, so that a picture of it may have any
 SIZE, BATCH = 64, 64
 TRAIN, HELD_OUT, ASKED, MARKED = 101, 102, 103, 104  # seeds of four sets of scenes; pretraining has others
