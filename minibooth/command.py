@@ -133,8 +133,8 @@ def source_flags(parser: Parser) -> None:
     """The flags that say how a model is read, SOURCE, as `load` and `Source.open` take them."""
     parser.add_argument("--variant", help="of the weights' files to read, such as fp16")
     parser.add_argument("--revision", help="of a model on the hub: branch, tag or commit")
-    parser.add_argument("--tokenizer", metavar="D", help="folder with CLIP's vocabulary [a single file's own, or the hub's]")
-    parser.add_argument("--prediction_type", choices=["epsilon", "v_prediction"], help="[what the model says of itself]")
+    parser.add_argument("--tokenizer", metavar="D", help="folder with CLIP's vocabulary [the model's, or the hub's]")
+    parser.add_argument("--prediction_type", choices=["epsilon", "v_prediction"], help="overrules the model's own word")
 
 
 def lora_flags(parser: Parser) -> None:
@@ -152,7 +152,7 @@ def loras(flags: argparse.Namespace) -> list[tuple[str, float]]:
 
 
 def normalise(argv: Sequence[str]) -> list[str]:
-    """Long flags with underscores: --num-images=4 becomes --num_images=4; values stay as they are, but for a leading ~."""
+    """Long flags with underscores: --num-images=4 becomes --num_images=4; values stay, but for a ~ at their start."""
     flags = [word.partition("=") if word.startswith("--") else ("", "", word) for word in argv]
     return [flag[:2] + flag[2:].replace("-", "_") + equals + os.path.expanduser(value) for flag, equals, value in flags]
 

@@ -40,11 +40,11 @@ def parser(
     add("--model", default=str(WEIGHTS / embedded), help=f"{command.MODEL} [embedded model]")
     command.lora_flags(parser)
     add("--negative_prompt", default="", metavar="P", help="what to steer away from")
-    add("--output_dir", type=Path, default=Path(output_dir), metavar="D", help=f"where they go [{output_dir}]")
+    add("--output_dir", type=Path, default=Path(output_dir), metavar="D", help=f"where they go, beside others [{output_dir}]")
     usual = "by lot" if seed is None else seed
     add("--seed", type=within(0, 2**63), default=seed, metavar="S", help=f"of the first picture; the next adds 1 [{usual}]")
     add("--steps", type=within(1), default=steps, help=f"of the sampler [{steps}]")
-    add("--guidance_scale", type=within(-1e3, 1e3), default=guidance_scale, help=f"by the prompt; 1: none [{guidance_scale}]")
+    add("--guidance_scale", type=within(-1e3, 1e3), default=guidance_scale, help=f"1 turns guidance off [{guidance_scale}]")
     add("--sampler", choices=[*SAMPLERS], help="[ddim; for XL euler]")
     add("--dtype", choices=["fp32", "fp16", "bf16"], help="what the networks compute in [fp16 on cuda, otherwise fp32]")
     add("--device", help="cuda, mps or cpu [the best there]")

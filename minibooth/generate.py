@@ -19,8 +19,8 @@ def parser() -> command.Parser:
     add("--height", type=command.within(1), help="in pixels, divisible by 8 [the model's own]")
     add("--width", type=command.within(1), help="in pixels, divisible by 8 [the model's own]")
     add("--batch_size", type=command.within(1), default=4, help="pictures drawn at a time; no picture depends on it [4]")
-    add("--upscaler", nargs="+", default=[], metavar=("M", "L"), help="then a super-resolution model, and LoRAs of it [none]")
-    add("--upscaler_guidance_scale", type=command.within(-1e3, 1e3), default=9.0, metavar="S", help="its own [9]")
+    add("--upscaler", nargs="+", default=[], metavar=("M", "L"), help="enlarges each picture: a model, and LoRAs of it [none]")
+    add("--upscaler_guidance_scale", type=command.within(-1e3, 1e3), default=9.0, metavar="S", help="the upscaler's [9]")
     add("--noise_level", type=command.within(0, 350), default=20, metavar="N", help="0 to 350: how freely it draws [20]")
     return parser
 
@@ -37,6 +37,8 @@ def main(argv: Sequence[str]) -> None:
         more["upscaler"] = " ".join(flags.upscaler)
     how = dict(noise_level=flags.noise_level, guidance_scale=flags.upscaler_guidance_scale, steps=flags.steps)
 
+    for unread in filter(None, map(pipe.tokenizer.unread, flags.prompt)):
+        print(f"a prompt is too long: {unread!r} is not read")
     prompts = [prompt for prompt in flags.prompt for _ in range(flags.num_images)]
     settings = {name: getattr(flags, name) for name in ("height", "width", "steps", "guidance_scale", "sampler")}
     pictures = []

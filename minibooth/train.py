@@ -76,8 +76,8 @@ def second_step(settings: Settings, given: Mapping[str, typing.Any] = {}) -> Set
     lora, embedded = LORA if settings.rank else {}, settings.upscaler == EMBEDDED["upscaler"]
     said = [name for name, value in given.items() if (EMBEDDED | lora).get(name) != value]
     own = {name: value for name, value in (SECOND | lora).items() if embedded and name not in said}
-    off = {"with_prior_preservation", "train_text_encoder"}
-    own |= {f.name: f.default for f in dataclasses.fields(Settings) if off & {f.name, *f.metadata.get("needs", ())}}
+    off = "with_prior_preservation", "train_text_encoder"
+    own |= {f.name: f.default for f in dataclasses.fields(Settings) if f.name in off or f.metadata.get("needs") in off}
     return dataclasses.replace(
         settings, **own, pretrained_model_name_or_path=settings.upscaler, upscaler="", stage="super_resolution",
         variant=None, revision=None, prediction_type=None, metrics_model=None, push_to_hub=False,
@@ -97,7 +97,7 @@ def trainer(settings: Settings, ranks: Ranks) -> Trainer:
     gpu, bf16 = ranks.device.type == "cuda", settings.mixed_precision == "bf16"
     if gpu and bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError("this GPU has no units for bf16: take --mixed_precision fp16")
-    if ranks.device.type == "mps" and settings.lora_dropout and settings.gradient_checkpointing:
+    if ranks.device.type == "mps" and settings.rank and settings.lora_dropout and settings.gradient_checkpointing:
         raise UserError("on mps --gradient_checkpointing does not repeat --lora_dropout: leave out one of them")
     return Trainer(settings, ranks.device, *dtypes, ranks)
 

@@ -17,13 +17,7 @@ def parser() -> command.Parser:
     add("--images", nargs="+", required=True, type=Path, metavar="I", help="pictures of any size, or folders of such")
     add("--prompt", nargs="+", default=[""], metavar="P", help="what they show: one for all, or one for each [nothing]")
     add("--noise_level", type=command.within(0, 350), default=20, metavar="N", help="0 to 350: how freely to draw [20]")
-    add(
-        "--tile",
-        type=command.within(8),
-        default=TILE,
-        metavar="N",
-        help=f"side of the parts drawn at a time, in pixels [{TILE}]",
-    )
+    add("--tile", type=command.within(8), default=TILE, metavar="N", help=f"pixels a side of what is drawn at a time [{TILE}]")
     return parser
 
 

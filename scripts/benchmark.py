@@ -74,7 +74,7 @@ Step = Callable[[int], None]
 
 def settings(job: dict[str, Any]) -> Settings:
     """The run that a job describes. Raises UserError for a row, a side or flags that are not there."""
-    folder, (row, *flags), (_, side, more) = Path(job["folder"]), shlex.split(job["row"]), parse_side(job["side"])
+    folder, (row, *flags), (_, side, more) = Path(job["folder"]), shlex.split(job["row"]) or [""], parse_side(job["side"])
     if row not in ROWS or side not in SIDES:
         raise UserError(f"{row} by {side}: --rows are {', '.join(ROWS)}, and --sides {', '.join(SIDES)}")
     named = PROMPTS | {name: str(folder / name) for name in FOLDERS}
@@ -89,7 +89,7 @@ def parse_side(text: str) -> tuple[dict[str, str], str, list[str]]:
     """A side as variables of the environment, its name, and flags."""
     words = shlex.split(text)
     variables = [*itertools.takewhile(lambda word: "=" in word, words)]
-    name, *flags = words[len(variables) :]
+    name, *flags = words[len(variables) :] or [""]
     return dict(word.split("=", 1) for word in variables), name, flags
 
 
@@ -312,7 +312,7 @@ def main(argv: Sequence[str]) -> None:
         jobs = [
             {"row": row, "precision": precision, "side": side, "repeat": repeat} | same
             for repeat, precision, row, side in itertools.product(range(args.repeats), args.precision, args.rows, args.sides)
-            if parse_side(side)[1] != "floor" or shlex.split(row)[0] not in ("draw", "load")
+            if parse_side(side)[1] != "floor" or shlex.split(row)[:1] not in (["draw"], ["load"])
         ]
         for job in jobs:
             settings(job).check()  # what would stop one is to be known now

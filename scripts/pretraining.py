@@ -235,7 +235,7 @@ class Training:
     def run(self, draw: Callable[[int], Sequence[Tensor]], show: Callable[[], None]) -> None:
         """Train on draw(step) until the budget is spent, with a line a minute, the state every third, a show every tenth.
 
-        A last show follows, in a call that finds the budget spent as well.
+        It ends with a show, also where the budget was spent before.
         """
         losses: list[Tensor] = []
         last = logged = kept = shown = time.monotonic()

@@ -106,6 +106,7 @@ def test_what_is_there_is_never_overwritten(target, tmp_path, capsys):
     "words, reason",
     [
         (["nowhere", "x"], "nowhere is missing"),
+        (["nowhere", "a/x.ckpt"], "a single file is written as a/x.safetensors, not as x.ckpt"),
         ([file("sd1"), "x.CKPT"], "a single file is written as x.safetensors, not as x.CKPT"),
         ([file("sd1"), "x.SAFETENSORS"], "a single file is written as x.safetensors, not as x.SAFETENSORS"),
         ([file("sd1"), ""], "name a file or a folder"),
@@ -115,7 +116,7 @@ def test_what_is_there_is_never_overwritten(target, tmp_path, capsys):
         ([file("sd1"), "x", "--ema"], "no EMA weights"),
         ([file("sd1")], "DST"),
     ],
-    ids=["source", "pickle", "capitals", "empty", "in a file", "long", "dtype", "ema", "target"],
+    ids=["source", "kind", "pickle", "capitals", "empty", "in a file", "long", "dtype", "ema", "target"],
 )
 def test_mistakes_end_in_one_line_and_leave_nothing(words, reason, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)

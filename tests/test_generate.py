@@ -261,13 +261,20 @@ def test_the_package_lists_its_commands(capsys):
         assert f"python -m minibooth.{path.stem}" in listed and line in listed
 
 
+def test_what_of_a_prompt_is_not_read_is_said(sd1, tmp_path, capsys):
+    words = ["--model", str(sd1), "--steps", "1", "--height", "64", "--width", "64", "--output_dir", str(tmp_path)]
+    generate.main([*words, "--prompt", "dog " * 75 + "A cat", "dog " * 75])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "too long" in line]
+    assert lines == ["a prompt is too long: 'A cat' is not read"]
+
+
 def test_nobody_to_read_the_list_is_no_error():
     words = f"{sys.executable} -m minibooth | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", words], capture_output=True, cwd=Path(__file__).parents[1])
     assert done.returncode in (0, 141) and done.stderr == b""
 
 
-def test_an_empty_name_is_no_model(tmp_path, monkeypatch, capsys):
+def test_an_empty_name_is_no_model(tmp_path, monkeypatch):
     """As where a script's variable is not set: it would be this folder."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="the model's name is empty"):

@@ -84,8 +84,9 @@ def test_what_is_no_identifier_is_not_doubted(tokenizer):
 def test_what_is_cut_off_a_prompt_is_shown(tokenizer):
     long = "dog " * (tokenizer.max_length - 3)
     assert [*doubts(tokenizer, f"{long}zwx", "dog")] == []
-    (doubt,) = [each for each in doubts(tokenizer, f"{long}dog a zwx dog", "dog") if "tokens are read" in each]
-    assert doubt.endswith("of this one not 'a zwx dog'")
+    for prompts in ((f"{long}dog A zwx Hüte", "dog"), (f"{long}dog A zwx Hüte",) * 2):
+        (doubt,) = [each for each in doubts(tokenizer, *prompts) if "too long" in each]
+        assert doubt == "a prompt is too long: 'A zwx Hüte' is not read"
 
 
 def test_a_common_word_is_doubted(tokenizer):

@@ -583,7 +583,25 @@ def test_a_file_of_ours_holds_its_tokenizers(kind, tmp_path):
     again.save(tmp_path / "again")
     for path in copy.glob("tokenizer*/*.*"):
         assert (tmp_path / "again" / path.relative_to(copy)).read_text().split() == path.read_text().split()
-    assert ids(minibooth.load(alone, tokenizer=folder(kind)), "a r") != ids(pipe, "a r")
+    overruled, usual = minibooth.load(alone, tokenizer=folder(kind)), minibooth.load(folder(kind))
+    assert ids(overruled, "a r") == ids(usual, "a r") != ids(pipe, "a r")
+
+
+@kinds
+def test_what_a_folder_leaves_out_of_its_tokenizers_a_file_does_not_add(kind, tmp_path):
+    copy = shutil.copytree(folder(kind), tmp_path / "copy")
+    for path in copy.glob("tokenizer*/tokenizer_config.json"):
+        path.unlink()
+    pipe = minibooth.load(copy)
+    pipe.save(tmp_path / "x.safetensors")
+    assert ids(minibooth.load(tmp_path / "x.safetensors"), "a dog!") == ids(pipe, "a dog!")
+
+
+def test_a_tokenizer_in_another_encoding_is_no_file(tmp_path):
+    copy = Path(shutil.copytree(folder("sd1"), tmp_path / "copy"))
+    (copy / "tokenizer" / "special_tokens_map.json").write_bytes(json.dumps({}).encode("utf-16"))
+    with pytest.raises(UserError, match="copy/tokenizer holds something unexpected"):
+        minibooth.load(copy).save(tmp_path / "x.safetensors")
 
 
 def test_a_vocabulary_that_is_nowhere_is_named(tmp_path):

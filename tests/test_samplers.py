@@ -234,6 +234,7 @@ def test_zero_terminal_snr_has_no_nan():
 @pytest.mark.parametrize(("settings", "arguments", "message"), [
     ({}, {"sampler": "heun"}, "no sampler is named 'heun'; there are ddpm, ddim, pndm, euler, euler_a, dpmpp_2m"),
     ({}, {"sampler": "euler", "eta": 0.5}, "eta=0.5: ddim's"),
+    ({}, {"sampler": "ddim", "eta": 2.0}, "eta=2.0: ddim's"),
     ({}, {"sampler": "ddpm", "generator": [generator(0)]}, "1 generators for a batch of 2"),
     ({}, {"steps": 0}, "0 steps"),
     ({}, {"steps": 1001}, "take 1 to 1000"),

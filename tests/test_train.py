@@ -133,11 +133,17 @@ NEEDED = {f.name: f.metadata["needs"] for f in dataclasses.fields(Settings) if "
 def test_a_flag_that_lacks_another_prints_one_note(given, other):
     words = {"class_data_dir": "class", "prior_generation_precision": "fp32", "lora_targets": "all", "num_class_images": 9}
     settings = Settings(**{given: words.get(given, 0.5)})
-    assert settings.notes() == [f"--{given}: without effect: add --{other[0]}"]
-    for one in other:
-        assert not any(f"--{given}" in note for note in dataclasses.replace(settings, **{one: True}).notes())
-    if other[0] in ("with_prior_preservation", "train_text_encoder"):  # a second step does not repeat it
+    assert settings.notes() == [f"--{given}: without effect: add --{other}"]
+    assert dataclasses.replace(settings, **{other: True}).notes() == []
+    if other in ("with_prior_preservation", "train_text_encoder"):  # a second step does not repeat it
         assert train.second_step(dataclasses.replace(settings, upscaler="x4")).notes() == []
+
+
+def test_a_class_prompt_alone_trains_no_class():
+    """Though it shows what the identifier is, and a metrics model looks at pictures of it."""
+    settings = Settings(class_prompt="a dog")
+    assert settings.notes() == ["--class_prompt: no class pictures are trained on: add --with_prior_preservation"]
+    assert dataclasses.replace(settings, with_prior_preservation=True).notes() == []
 
 
 @pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Settings) if "lora" in f.metadata])
@@ -514,6 +520,10 @@ def test_what_a_device_cannot_do_is_refused(asked, device, told, tmp_path, monke
     with pytest.raises(UserError, match=told):
         train.trainer(small(tmp_path, **asked), Ranks(torch.device(device)))
     train.trainer(small(tmp_path, **asked), Ranks(torch.device("cpu")))
+    for one in [*asked] * (device == "mps"):  # without any of them it can
+        train.trainer(
+            small(tmp_path, **{name: value for name, value in asked.items() if name != one}), Ranks(torch.device("mps"))
+        )
 
 
 def test_the_first_steps_memory_is_free_in_the_second(tmp_path, monkeypatch):

@@ -155,7 +155,7 @@ def test_a_finished_run_that_goes_on_for_longer_is_not_finished(tmp_path, monkey
 
 @pytest.mark.parametrize("changed", ["instance_data_dir", "instance_prompt", "pretrained_model_name_or_path"])
 @pytest.mark.parametrize("rank", [0, 2])
-def test_another_subject_goes_on_from_no_checkpoint(changed, rank, tmp_path):
+def test_another_subject_goes_on_from_no_checkpoint(changed, rank, tmp_path, monkeypatch):
     """Though --resume_from_checkpoint latest may stay in a script. Where the same things lie does not matter."""
     settings = small(tmp_path, max_train_steps=2, checkpointing_steps=1, rank=rank)
     output = train(settings)
@@ -164,6 +164,10 @@ def test_another_subject_goes_on_from_no_checkpoint(changed, rank, tmp_path):
     moved = {name: str(shutil.copytree(path, tmp_path / "moved" / Path(path).name)) for name, path in there.items()}
     other = {name: str(shutil.copytree(path, tmp_path / "other")) for name, path in there.items() if name == changed}
     longer = dict(max_train_steps=3, checkpointing_steps=1, rank=rank, resume_from_checkpoint="latest")
+    (tmp_path / "link").symlink_to(settings.instance_data_dir)
+    trainer(small(tmp_path, **longer | {"instance_data_dir": str(tmp_path / "link")}))
+    monkeypatch.chdir(settings.instance_data_dir)
+    trainer(small(tmp_path, **longer | {"instance_data_dir": "."}))
     with pytest.raises(UserError, match=f"checkpoint-2 was trained with --{changed} .*another --output_dir"):
         train(small(tmp_path, **{changed: "a photo of xyz cat"} | other | longer))
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before

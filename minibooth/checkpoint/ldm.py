@@ -2,8 +2,8 @@
 
 `places` says where each tensor of a network of ours stands in such a file; reading and writing both follow from it. The
 file has no configuration: `recognise` and `describe` infer from names and shapes what the folder layout would say. Where that
-is not what a model means, a file of ours holds the folder's own words in its metadata, under `OURS` and their file's name, and
-always those of the tokenizers.
+is not what a model means, a file of ours holds the folder's own small files in its metadata, under `OURS` and their names;
+those of the tokenizers it always holds.
 """
 
 import functools

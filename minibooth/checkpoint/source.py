@@ -139,9 +139,12 @@ class Source:
         known = prediction_type or ldm.predicts(tensors, metadata)
         shapes = files.meta(tensors)
         own = {key.removeprefix(ldm.OURS): metadata.pop(key) for key in [*metadata] if key.startswith(ldm.OURS)}
+        if tokenizer:
+            own = {name: text for name, text in own.items() if not name.startswith("tokenizer")}
         self = cls(str(path), ldm.describe(path, shapes, known or "epsilon", own), metadata=metadata)
-        self.small |= (words := {name: text.encode() for name, text in own.items() if name.startswith("tokenizer")})
-        if tokenizer or not words:
+        if words := {name: text.encode() for name, text in own.items() if name.startswith("tokenizer")}:
+            self.small = {name: data for name, data in self.small.items() if not name.startswith("tokenizer")} | words
+        else:
             self._take(vocabulary(path, tokenizer))
         places = {name: self.places(name) for name in KINDS[self.kind]}
         self.weights = {name: ldm.read(where, tensors) for name, where in places.items()}
@@ -240,14 +243,12 @@ class Source:
         Parts of a folder that we do not read, the safety checker for one, become null in model_index.json. Raises UserError
         where what was read does not fit together, and for a file of another kind.
         """
-        if path.suffix.lower() in (*files.PICKLES, ".safetensors") and path.suffix != ".safetensors" and not path.is_dir():
-            raise UserError(f"a single file is written as {path.with_suffix('.safetensors')}, not as {path.name}")
         for name, read in self.weights.items():
             network = self.skeleton(name)
             for state in (read, weights.get(name, read)):
                 check(network, state, f"{self.name}: {name}")
         states = {name: weights.get(name, read) for name, read in self.weights.items()}
-        (self._save_file if path.suffix == ".safetensors" else self._save_folder)(path, states, dtype)
+        (self._save_file if single(path) else self._save_folder)(path, states, dtype)
 
     def _save_folder(self, folder: Path, states: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype | None) -> None:
         index = self.json(INDEX)
@@ -274,9 +275,17 @@ class Source:
         predicts = str(schedule.get("prediction_type") or "epsilon")
         told = Source(str(path), ldm.describe(path, files.meta(whole(self.weights)), predicts))
         odd = {ldm.OURS + name: json.dumps(self.json(name)) for name in told.small if told.meaning(name) != self.meaning(name)}
-        words = {ldm.OURS + x: self.small[x].decode(errors="replace") for x in sorted(self.small) if x.startswith("tokenizer")}
+        with blaming(f"{self.name}/tokenizer"):
+            words = {ldm.OURS + x: self.small[x].decode() for x in sorted(self.small) if x.startswith("tokenizer")}
         says = {"modelspec.prediction_type": predicts.removesuffix("_prediction")}
         files.write_weights(path, whole(states), whole(self.weights), dtype, {**self.metadata, **says, **odd, **words})
+
+
+def single(path: Path) -> bool:
+    """Whether a single file is to be written there, or a folder. Raises UserError for a file of another kind."""
+    if path.suffix.lower() in (*files.PICKLES, ".safetensors") and path.suffix != ".safetensors" and not path.is_dir():
+        raise UserError(f"a single file is written as {path.with_suffix('.safetensors')}, not as {path.name}")
+    return path.suffix == ".safetensors"
 
 
 def fill(network: nn.Module, weights: Mapping[str, Tensor], name: str, dtype: torch.dtype, device: torch.device | str) -> Any:

@@ -20,7 +20,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """A picture of any mode as 8-bit RGB, over white. Raises UserError for grey levels of unknown range."""
     if image.mode == "F" or image.mode.startswith("I"):  # Pillow would clip these to 8 bits
         levels = np.asarray(image)
-        if image.mode == "F" or levels.min() < 0 or levels.max() > 65535 or (image.mode == "I" and levels.max() < 256):
+        if image.mode == "F" or levels.min() < 0 or levels.max() > 65535 or (image.mode == "I" and 0 < levels.max() < 256):
             raise UserError("a picture has grey levels of unknown range: convert it to 8 or 16 bits")
         image = Image.fromarray((levels / 257).round().astype(np.uint8))
     if image.has_transparency_data:
@@ -40,7 +40,8 @@ def to_image(pixels: Tensor) -> Image.Image:
     Raises UserError for values that are no numbers, such as a network leaves that overflows.
     """
     if not pixels.isfinite().all():
-        raise UserError("a picture is not finite: compute in fp32 or bf16 (--dtype, --..._precision), or take other weights")
+        flags = "--dtype, in training --mixed_precision and --prior_generation_precision"
+        raise UserError(f"a picture is not finite: compute in fp32 or bf16 ({flags}), or take other weights")
     levels = (pixels.detach().float() + 1).mul_(127.5).round_().clamp_(0, 255)
     return Image.fromarray(levels.byte().permute(1, 2, 0).cpu().numpy())
 

@@ -65,13 +65,8 @@ class Journal:
 
     def repeats(self, run: dict[str, Any]) -> bool:
         """Whether this is the run.json of a run with these settings that came to its end."""
-        free = {
-            *FREE,
-            *WITHOUT_EFFECT,
-            *["seed"] * (self.settings.seed is None),
-            *["noise_levels"] * bool(self.settings.upscaler),
-        }
         now = json.loads(json.dumps(dataclasses.asdict(self.settings)))
+        free = {*FREE, *WITHOUT_EFFECT, *["seed"] * (now["seed"] is None), *["noise_levels"] * bool(now["upscaler"])}
         told = run.get("settings") or {}
         return bool(told and run.get("finished")) and all(
             now.get(name) == value for name, value in told.items() if name not in free
@@ -182,7 +177,8 @@ def grids(folder: Path) -> list[tuple[int, Path]]:
 
 def common(settings: Settings) -> dict[str, Any]:
     """What a run that goes on from a checkpoint must have in common with the one that wrote it: what trains, and on what."""
-    return {name: getattr(settings, name) for name in SAME} | {name: Path(getattr(settings, name)).name for name in NAMED}
+    named = {name: Path(getattr(settings, name)).resolve().name for name in NAMED}
+    return named | {name: getattr(settings, name) for name in SAME}
 
 
 def words_of(name: str, value: Any) -> list[str]:

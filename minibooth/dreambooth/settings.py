@@ -16,13 +16,13 @@ from minibooth.models.lora import TARGETS
 
 PRECISIONS, MIXED, FORMATS = ("no", "fp32", "fp16", "bf16"), ("no", "fp16", "bf16"), ("folder", "single")
 COMPILES = "auto", "on", "off"
-PRIOR, LORA, GRIDS = ("with_prior_preservation",), ("rank",), ("validation_prompt",)
+PRIOR, GRIDS = "with_prior_preservation", "validation_prompt"
 MOST = {int: 2.0**53, float: 3e38}  # beyond, numbers run out
 
 
 def flag(default: Any, help: str, **more: Any) -> Any:
     """A setting: its default, its line of help, and what else argparse should know (choices, nargs), or `check` and `notes`:
-    its `least` value, the flags of which it `needs` one to mean anything, whether diffusers' script for LoRAs alone has it.
+    its `least` value, the flag that it `needs` to mean anything, whether diffusers' script for LoRAs alone has it.
     """
     return field(default=default, metadata={"help": help, **more})
 
@@ -34,14 +34,12 @@ class Settings:
     pretrained_model_name_or_path: str = flag("", "a folder in the diffusers layout, a single file, or owner/name on the hub")
     revision: str | None = flag(None, "the hub's branch, tag or commit")
     variant: str | None = flag(None, "infix of the weight files to read, fp16 for instance")
-    tokenizer: str | None = flag(
-        None, "folder with CLIP's vocabulary [a single file's own, tokenizer/ beside it, or the hub's]"
-    )
+    tokenizer: str | None = flag(None, "folder with CLIP's vocabulary [the model's own, tokenizer/ beside it, or the hub's]")
     prediction_type: str | None = flag(None, "overrules what the model says of itself", choices=("epsilon", "v_prediction"))
     instance_data_dir: str = flag("", "folder with the subject's 3-5 photographs")
     instance_prompt: str = flag("", 'prompt with the identifier: "a photo of sks dog"')
     class_data_dir: str | None = flag(None, "class pictures, topped up to --num_class_images [OUTPUT_DIR/class]", needs=PRIOR)
-    class_prompt: str = flag("", 'prompt of the class: "a photo of dog"', needs=(*PRIOR, "metrics_model"))
+    class_prompt: str = flag("", 'prompt of the class: "a photo of dog"')
     with_prior_preservation: bool = flag(False, "also train on class pictures, so that the class keeps its variety")
     prior_loss_weight: float = flag(1.0, "lambda of the paper", least=0, needs=PRIOR)
     num_class_images: int = flag(100, "class pictures; missing ones are drawn by the model itself", least=1, needs=PRIOR)
@@ -60,11 +58,11 @@ class Settings:
     output_format: str = flag("folder", "or a single file NAME/NAME.safetensors for A1111 and ComfyUI", choices=FORMATS)
     seed: int | None = flag(None, "repeats a run exactly [drawn by lot]", least=0)
     train_text_encoder: bool = flag(False, "train the text encoder too")
-    text_encoder_lr: float | None = flag(None, "its learning rate [--learning_rate]", least=0, needs=("train_text_encoder",))
+    text_encoder_lr: float | None = flag(None, "its learning rate [--learning_rate]", least=0, needs="train_text_encoder")
     rank: int = flag(0, "train a LoRA of this rank (4 is usual), with a learning rate of about 1e-4; 0: all weights", least=0)
-    lora_alpha: float | None = flag(None, "alpha of the LoRA, which works in strength alpha / rank [the rank]", needs=LORA)
-    lora_dropout: float = flag(0.0, "share of a layer's inputs that its LoRA does not see in a training step", needs=LORA)
-    lora_targets: str = flag("attention", "its layers: or all, linear and convolutions", choices=tuple(TARGETS), needs=LORA)
+    lora_alpha: float | None = flag(None, "alpha of the LoRA, which works in strength alpha / rank [the rank]", needs="rank")
+    lora_dropout: float = flag(0.0, "share of a layer's inputs that its LoRA does not see in a training step", needs="rank")
+    lora_targets: str = flag("attention", "or all linear layers and convolutions", choices=tuple(TARGETS), needs="rank")
     train_batch_size: int = flag(4, "subject pictures a step and process; for the prior as many of the class besides", least=1)
     num_train_epochs: int = flag(1, "passes over the pictures, where --max_train_steps is not given", least=1)
     max_train_steps: int | None = flag(None, "steps in all [--num_train_epochs]", least=1)
@@ -166,8 +164,10 @@ class Settings:
         given = self.given()
         known = {f.name: f.metadata for f in dataclasses.fields(self) if f.name in given}
         said = {name: own["help"] for name, own in known.items() if name in WITHOUT_EFFECT}
-        lacking = {name: own["needs"] for name, own in known.items() if not {*own.get("needs", (name,))} & given.keys()}
-        said |= {name: f"without effect: add --{others[0]}" for name, others in lacking.items()}
+        lacking = {name: own["needs"] for name, own in known.items() if own.get("needs", name) not in given}
+        said |= {name: f"without effect: add --{other}" for name, other in lacking.items()}
+        if self.class_prompt and not self.with_prior_preservation:
+            said["class_prompt"] = f"no class pictures are trained on: add --{PRIOR}"
         copied = not self.rank and any("lora" in own for own in known.values())
         notes = [f"--{name}: {help}" for name, help in said.items()]
         return notes + ["all weights train; for a LoRA, as by train_dreambooth_lora.py, add --rank 4"] * copied

@@ -256,7 +256,7 @@ class Trainer:
     def autocast(self) -> torch.autocast:
         """Into the working precision, where some weights are kept in another."""
         needed, kind = self.dtype != torch.float32 and not self.settings.full_bf16, self.device.type
-        # While a grid is drawn, copies of weights would be kept: a GPU soon has new ones.
+        # The cache would hold a copy of every weight while a grid is drawn; only to a CPU casting them anew takes long.
         return torch.autocast(kind, self.dtype, enabled=needed, cache_enabled=kind == "cpu")
 
     def set_learning_rates(self, step: int) -> list[float]:

@@ -56,8 +56,7 @@ class Tokenizer:
             later = sorted(parsed("added_tokens.json").items(), key=operator.itemgetter(1))  # by id
             added = whole.get("added_tokens") or [{"content": token, "normalized": True} for token, _ in later]
             config |= parsed("special_tokens_map.json")
-        said = {role: config.get(role) or default for role, default in SPECIAL.items()}
-        special = {role: {"content": token} if isinstance(token, str) else token for role, token in said.items()}
+        special = {role: {"content": x} if isinstance(x := config.get(role) or y, str) else x for role, y in SPECIAL.items()}
         name = {role: token["content"] for role, token in special.items()}
         listed = {token["content"] for token in added}
         if unknown := sorted(set(name.values()) - vocab.keys() - listed):
@@ -84,6 +83,10 @@ class Tokenizer:
     def tokens(self, text: str) -> list[str]:
         """The text's tokens without start, end and padding; a token that ends a word ends in `</w>`."""
         return self._encode(text).tokens
+
+    def unread(self, text: str) -> str:
+        """What of a text comes after the last token that there is room for."""
+        return next((text[start:] for start, _ in self._encode(text).offsets[self.max_length - 2 :]), "")
 
     def _encode(self, text: str) -> Encoding:
         if re.search("[\ud800-\udfff]", text):  # bytes of a command line that are no UTF-8 become these
