@@ -82,6 +82,13 @@ def test_a_picture_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
         find_pictures(tmp_path)
 
 
+def test_a_picture_of_200_million_pixels_is_read(tmp_path, recwarn):
+    """As telephones take them."""
+    Image.new("1", (16320, 12240)).save(tmp_path / "large.png")
+    with Image.open(tmp_path / "large.png") as picture:
+        assert picture.size == (16320, 12240) and not recwarn
+
+
 @pytest.mark.parametrize("files", [None, [], ["notes.txt"]])
 def test_a_folder_that_is_missing_or_holds_no_picture_is_an_error(files, tmp_path):
     folder = tmp_path / "instances"

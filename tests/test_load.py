@@ -170,6 +170,12 @@ def test_what_diffusers_ema_notes_of_itself_says_nothing_of_the_network(sd1, cop
     assert_equal(states(minibooth.load(folder)), states(minibooth.load(sd1)))
 
 
+def test_a_text_encoder_may_keep_what_only_training_needs(sd1, copy_of):
+    file = copy_of(sd1) / "text_encoder" / "model.safetensors"
+    save_file(load_file(file) | {"logit_scale": torch.tensor(4.6)}, file)
+    assert_equal(states(minibooth.load(file.parents[1])), states(minibooth.load(sd1)))
+
+
 SIZES = [("0.6.0", 32, 64), ("0.8.1", 32, 64), ("0.6.0", 96, 96), ("0.6.0", [32, 32], 32), ("0.9.0", 32, 32), (None, 32, 32)]
 
 

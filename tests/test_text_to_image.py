@@ -22,6 +22,12 @@ SAMPLERS = {
 }
 
 
+@pytest.mark.parametrize("shape", [(1, 4), (2, 4, 8, 8), (1, 3, 8, 8), (1, 4, 8, 8, 1)])
+def test_noise_of_another_shape_is_refused(sd1, shape):
+    with pytest.raises(UserError, match="do not fit 1 pictures of 4 channels"):
+        minibooth.load(sd1).generate("a cat", steps=1, latents=torch.zeros(shape))
+
+
 def test_pictures_are_decoded_one_by_one(sd1, monkeypatch):
     """Several at once take more memory than the UNet."""
     pipe, seen = minibooth.load(sd1), []
