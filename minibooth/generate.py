@@ -37,8 +37,8 @@ def main(argv: Sequence[str]) -> None:
         more["upscaler"] = " ".join(flags.upscaler)
     how = dict(noise_level=flags.noise_level, guidance_scale=flags.upscaler_guidance_scale, steps=flags.steps)
 
-    for unread in filter(None, map(pipe.tokenizer.unread, flags.prompt)):
-        print(f"a prompt is too long: {unread!r} is not read")
+    for note in pipe.tokenizer.cut(flags.prompt):
+        print(note)
     prompts = [prompt for prompt in flags.prompt for _ in range(flags.num_images)]
     settings = {name: getattr(flags, name) for name in ("height", "width", "steps", "guidance_scale", "sampler")}
     pictures = []

@@ -92,12 +92,12 @@ def trainer(settings: Settings, ranks: Ranks) -> Trainer:
 
     Raises UserError for what a device cannot do.
     """
-    precision = settings.prior_generation_precision or ("fp16" if ranks.device.type == "cuda" else "fp32")
+    kind = ranks.device.type
+    precision = settings.prior_generation_precision or ("fp16" if kind == "cuda" else "fp32")
     dtypes = command.DTYPES[settings.mixed_precision or "no"], command.DTYPES[precision]
-    gpu, bf16 = ranks.device.type == "cuda", settings.mixed_precision == "bf16"
-    if gpu and bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if kind == "cuda" and dtypes[0] == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError("this GPU has no units for bf16: take --mixed_precision fp16")
-    if ranks.device.type == "mps" and settings.rank and settings.lora_dropout and settings.gradient_checkpointing:
+    if kind == "mps" and settings.rank and settings.lora_dropout and settings.gradient_checkpointing:
         raise UserError("on mps --gradient_checkpointing does not repeat --lora_dropout: leave out one of them")
     return Trainer(settings, ranks.device, *dtypes, ranks)
 

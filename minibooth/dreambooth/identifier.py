@@ -57,8 +57,7 @@ def named(instance_prompt: str, class_prompt: str) -> tuple[str, str]:
 def doubts(tokenizer: Tokenizer, instance_prompt: str, class_prompt: str) -> Iterator[str]:
     """What speaks against the words of the identifier, and what of the prompts is not read, a line each."""
     vocabulary = tokenizer.backend.get_vocab()
-    for unread in filter(None, map(tokenizer.unread, dict.fromkeys((instance_prompt, class_prompt)))):
-        yield f"a prompt is too long: {unread!r} is not read"
+    yield from tokenizer.cut((instance_prompt, class_prompt))
     for word in named(instance_prompt, class_prompt)[0].lower().split():
         tokens = tokenizer.tokens(word)
         if word in MEANINGS:

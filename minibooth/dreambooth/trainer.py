@@ -372,8 +372,7 @@ class Trainer:
 def interrupts() -> Iterator[list[int]]:
     """Collects Ctrl-C and SIGTERM, so that a step is finished before one acts on them; a second one is not waited for."""
     caught: list[int] = []
-    handlers = ((number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM))
-    previous = {number: handler for number, handler in handlers if handler != signal.SIG_IGN}
+    previous = {n: handler for n in (signal.SIGINT, signal.SIGTERM) if (handler := signal.getsignal(n)) != signal.SIG_IGN}
 
     def handle(number: int, frame: object) -> None:
         caught.append(number)

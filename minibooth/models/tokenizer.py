@@ -7,7 +7,7 @@ OpenAI's own code first repairs broken unicode (ftfy) and unescapes HTML entitie
 import json
 import operator
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from tokenizers import AddedToken, Encoding, Regex, normalizers, pre_tokenizers
@@ -84,9 +84,11 @@ class Tokenizer:
         """The text's tokens without start, end and padding; a token that ends a word ends in `</w>`."""
         return self._encode(text).tokens
 
-    def unread(self, text: str) -> str:
-        """What of a text comes after the last token that there is room for."""
-        return next((text[start:] for start, _ in self._encode(text).offsets[self.max_length - 2 :]), "")
+    def cut(self, texts: Iterable[str]) -> Iterator[str]:
+        """A line for each text whose end is not read, for want of room, that says which end."""
+        for text in dict.fromkeys(texts):
+            for start, _ in self._encode(text).offsets[self.max_length - 2 :][:1]:
+                yield f"a prompt is too long: {text[start:]!r} is not read"
 
     def _encode(self, text: str) -> Encoding:
         if re.search("[\ud800-\udfff]", text):  # bytes of a command line that are no UTF-8 become these
