@@ -100,6 +100,22 @@ def test_every_setting_is_diffusers(name, changes):
     assert parity(name, settings, 10) < 1e-5
 
 
+@pytest.mark.parametrize("steps", [1, 2, 10, 50])
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name", ["euler", "dpmpp_2m"])
+def test_karras_sigmas_are_diffusers(name, prediction, spacing, steps):
+    assert parity(name, config(prediction, spacing, use_karras_sigmas=True), steps) < 1e-5
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_sampler_is_what_its_name_says_whichever_solver_the_file_was_saved_with(name):
+    saved = dict(algorithm_type="sde-dpmsolver++", solver_order=3, solver_type="heun")
+    x, two = normals(2, 4), [DDPMScheduler.from_config(config() | more) for more in ({}, saved)]
+    first, second = (sample(toy, x, each, 5, name, generator(0)) for each in two)
+    assert torch.equal(first, second)
+
+
 def test_pndm_ends_at_the_first_alpha_unless_the_file_says_otherwise():
     """Whichever class wrote it, as diffusers' of that name does."""
     settings = {key: value for key, value in config().items() if key != "set_alpha_to_one"} | {"_class_name": "DDIMScheduler"}

@@ -2,7 +2,8 @@
 
 Every one is `sampler(predict, x, scheduler, steps, noise)` and yields x after each step. `predict(x, t)` is the network
 with prompt and guidance inside; `noise()` gives normals shaped like x and is called once per random step. The numbers
-are those of diffusers' scheduler of that name, also where it departs from the paper, which a comment then says.
+are those of diffusers' scheduler of that name, also where it departs from the paper, which a comment then says. Whichever
+solver a file was saved with, a sampler is what its name says.
 
     ddpm      Ho et al. 2020 (arXiv 2006.11239) eq. 7         ancestral
     ddim      Song et al. 2021 (arXiv 2010.02502) eq. 12      deterministic at eta 0, ancestral at eta 1
@@ -18,9 +19,10 @@ x is sqrt(a) x0 + sqrt(1 - a) e, what the network sees; in euler and euler_a x0 
 import functools
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,6 +36,17 @@ Noise = Callable[[], Tensor]
 TINY = 2.0**-24  # stands for a = 0 where a sampler divides by it
 # Adams-Bashforth: weights of the latest predictions, newest first, by how many there are.
 MULTISTEP = {2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
+
+
+def _sigmas(scheduler: DDPMScheduler) -> list[float]:
+    """Every timestep's sigma, the noise beside an x0 of scale 1."""
+    return [math.sqrt(1 / (a or TINY) - 1) for a in scheduler.alphas_cumprod.tolist()]
+
+
+def _karras(high: float, low: float, steps: int, levels: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Karras et al. 2022 eq. 5, rho 7: times and sigmas from `high` to `low`, dense where there is little noise."""
+    sigmas = np.linspace(high ** (1 / 7), low ** (1 / 7), steps) ** 7
+    return np.interp(np.log(sigmas), np.log(levels), np.arange(len(levels))).tolist(), sigmas.tolist()
 
 
 def _ask(predict: Predict, x: Tensor, t: float) -> Tensor:
@@ -118,9 +131,12 @@ def euler(
 
     Ancestral: each step goes past its mark, and fresh noise brings x back up to it.
     """
-    levels = [math.sqrt(1 / (a or TINY) - 1) for a in scheduler.alphas_cumprod.tolist()] + [0.0]
+    levels = _sigmas(scheduler)
     times = scheduler.times(steps).float().tolist()  # float32, as the network sees it
-    sigmas = [levels[int(t)] + (t % 1) * (levels[int(t) + 1] - levels[int(t)]) for t in times] + [0.0]
+    sigmas = np.interp(times, np.arange(len(levels)), levels).tolist()
+    if scheduler.use_karras_sigmas and not ancestral:
+        times, sigmas = _karras(sigmas[0], sigmas[-1], steps, levels)
+    sigmas.append(0.0)
     # The exact scale is sqrt(1 + sigma^2); diffusers leaves the 1 out where the schedule starts at its end.
     x = x * (math.hypot(1, sigmas[0]) if scheduler.timestep_spacing == "leading" else sigmas[0])
     for t, sigma, end in zip(times, sigmas, sigmas[1:], strict=False):
@@ -136,17 +152,21 @@ def euler(
 
 def dpmpp_2m(predict: Predict, x: Tensor, scheduler: DDPMScheduler, steps: int, noise: Noise) -> Iterator[Tensor]:
     """Exact for an x0 linear in lambda = -log sigma: extrapolates the last two; first order at both ends."""
-    a = [value or TINY for value in scheduler.alphas_cumprod.tolist()]
+    levels = _sigmas(scheduler)
     # The grid has one point more, the clean end, except that trailing leaves it out by itself.
     points = steps if scheduler.timestep_spacing == "trailing" else steps + 1
     times = scheduler.timesteps(points).tolist()[:steps]
+    sigmas = [levels[t] for t in times]
+    if scheduler.use_karras_sigmas:
+        between, sigmas = _karras(levels[-1], levels[0], steps, levels)
+        times = [round(t) for t in between]
     previous, h_previous = None, 0.0
-    for t, s in zip(times, [*times[1:], None], strict=True):
-        a_t, a_s = a[t], 1.0 if s is None else a[s]
+    for t, sigma, end in zip(times, sigmas, [*sigmas[1:], 0.0], strict=True):
+        a_t, a_s = 1 / (1 + sigma**2), 1 / (1 + end**2)
         x0, _ = _split(x, _ask(predict, x, t), a_t, scheduler)
-        ratio = math.sqrt((1 / a_s - 1) / (1 / a_t - 1))
+        ratio = end / sigma
         h = -math.log(ratio) if ratio else math.inf
-        target = x0 if previous is None or s is None else x0 + (x0 - previous) * h / (2 * h_previous)
+        target = x0 if previous is None or not end else x0 + (x0 - previous) * h / (2 * h_previous)
         x = math.sqrt((1 - a_s) / (1 - a_t)) * x + math.sqrt(a_s) * (1 - ratio) * target
         previous, h_previous = x0, h
         yield x

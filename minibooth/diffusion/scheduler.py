@@ -25,7 +25,7 @@ from minibooth.errors import UserError
 DEFAULTS: dict[str, Any] = dict(
     num_train_timesteps=1000, beta_schedule="linear", beta_start=0.0001, beta_end=0.02, trained_betas=None,
     rescale_betas_zero_snr=False, prediction_type="epsilon", timestep_spacing="leading", steps_offset=0,
-    set_alpha_to_one=True, clip_sample=True, clip_sample_range=1.0, variance_type="fixed_small",
+    set_alpha_to_one=True, clip_sample=True, clip_sample_range=1.0, variance_type="fixed_small", use_karras_sigmas=False,
 )  # fmt: skip
 _SIGMAS = dict(clip_sample=False, timestep_spacing="linspace")
 CLASSES: dict[str, dict[str, Any]] = {
@@ -37,14 +37,14 @@ CLASSES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # What the other keys must say: one of these; or, if they stand in neither table, nothing (false, null, 0, empty).
 NEUTRAL: dict[str, tuple[Any, ...]] = dict(
-    algorithm_type=("dpmsolver++", "deis"), solver_type=("midpoint", "logrho", "bh1", "bh2"), solver_order=(2,),
     final_sigmas_type=("zero",), interpolation_type=("linear",), timestep_type=("discrete",),
     lambda_min_clipped=(-math.inf,), predict_epsilon=(True,),
 )  # fmt: skip
-# Parameters of what is off, and settings of samplers that are not here.
+# Parameters of what is off, and which solver another sampler is to be: here its name says that.
 IGNORED = frozenset({
     "dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type", "skip_prk_steps", "predict_x0",
-    "lower_order_final", "euler_at_final", "noise_sampler_seed", "tensor_format",
+    "lower_order_final", "euler_at_final", "noise_sampler_seed", "tensor_format", "algorithm_type", "solver_type",
+    "solver_order",
 })  # fmt: skip
 
 
@@ -106,7 +106,8 @@ class DDPMScheduler:
 
     config: the file's content, untouched. alphas_cumprod: a_t, float32 [T], on the device of its last use.
     final_alpha_cumprod: what ddim and pndm take for a_t before the first timestep, 1 or a_0. clip: the bound on ddpm's
-    and ddim's x0, infinite for latents. prediction_type, timestep_spacing, steps_offset, variance_type: as in the file.
+    and ddim's x0, infinite for latents. prediction_type, timestep_spacing, steps_offset, variance_type, use_karras_sigmas
+    (of euler and dpmpp_2m): as in the file.
     Raises UserError, with the key, for a setting that would change results and is not implemented.
     """
 
@@ -118,6 +119,7 @@ class DDPMScheduler:
         self.timestep_spacing: str = values["timestep_spacing"]
         self.steps_offset = operator.index(values["steps_offset"])
         self.variance_type: str = values["variance_type"]
+        self.use_karras_sigmas = bool(values["use_karras_sigmas"])
         self.clip: float = float(values["clip_sample_range"]) if values["clip_sample"] else math.inf
 
         if values["trained_betas"] is not None:
