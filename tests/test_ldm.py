@@ -232,6 +232,15 @@ def test_nothing_is_said_of_published_models(monkeypatch, tmp_path):
     )
 
 
+def test_no_name_in_a_file_leaves_the_folder_that_is_written(tmp_path):
+    words = {
+        f"{OURS}tokenizer/{name}": (folder("sd1") / "tokenizer" / name).read_text() for name in ("vocab.json", "merges.txt")
+    }
+    path = change(file("sd1"), tmp_path / "x.safetensors", lambda tensors: None, words | {f"{OURS}tokenizer/../../../x": "x"})
+    Source.open(path).save(tmp_path / "a" / "b", {})
+    assert [*(tmp_path / "a").iterdir()] == [tmp_path / "a" / "b"]
+
+
 def published_configs():
     down, up = ["CrossAttnDownBlock2D"], ["CrossAttnUpBlock2D"]
     unet = dict(

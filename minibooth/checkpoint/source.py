@@ -50,6 +50,7 @@ COMPONENTS = {
 }
 KINDS = {kind: sorted(family.prefixes) for kind, family in ldm.FAMILIES.items()}  # what a folder may be, and what to read then
 SMALL_FILES = (INDEX, "*/*.json", "tokenizer*/*.txt")  # read into memory, written back as they were
+OF_TOKENIZER = re.compile(r"tokenizer(_2)?/[\w-]+\.\w+")  # by what a file says itself, in which "../" would leave a folder
 VOCABULARY = ("vocab.json", "merges.txt", "tokenizer.json", "added_tokens.json")
 CLIP = "openai/clip-vit-large-patch14"  # has the vocabulary of all these models
 OF_NOISE = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
@@ -142,7 +143,7 @@ class Source:
         if tokenizer:
             own = {name: text for name, text in own.items() if not name.startswith("tokenizer")}
         self = cls(str(path), ldm.describe(path, shapes, known or "epsilon", own), metadata=metadata)
-        if words := {name: text.encode() for name, text in own.items() if name.startswith("tokenizer")}:
+        if words := {name: text.encode() for name, text in own.items() if OF_TOKENIZER.fullmatch(name)}:
             self.small = {name: data for name, data in self.small.items() if not name.startswith("tokenizer")} | words
         else:
             self._take(vocabulary(path, tokenizer))
