@@ -215,21 +215,23 @@ def test_a_wrong_word_of_the_metadata_is_refused_by_name(text, tmp_path):
     assert f"{path}/unet/config.json" in refusal(path, tokenizer=folder("sd1"))
 
 
-def test_nothing_is_said_of_published_models(monkeypatch, tmp_path):
+def test_a_file_says_what_its_folder_says(monkeypatch, tmp_path):
     """Of the folders that CompVis and Stability AI published, with the settings of then, and as diffusers writes them now."""
-    written = {}
+    written, wanted = {}, {}
     monkeypatch.setattr("minibooth.checkpoint.files.write_weights", lambda path, *given: written.update({path.stem: given[-1]}))
     for kind, configs in published_configs().items():
         pipeline = PIPELINES.get(kind, "StableDiffusionPipeline")
         small = {f"{part}/config.json": config for part, config in configs.items() if "scheduler" not in part}
         small |= {f"{part}/scheduler_config.json": config for part, config in configs.items() if "scheduler" in part}
         small["model_index.json"] = {"_class_name": pipeline}
+        wanted[kind] = small
         source = Source(kind, {name: json.dumps(config).encode() for name, config in small.items()})
         source.weights = {part: source.skeleton(part).state_dict() for part in configs if "scheduler" not in part}
         source.save(tmp_path / f"{kind}.safetensors", {})
-    assert {name: [*said] for name, said in written.items()} == dict.fromkeys(
-        published_configs(), ["modelspec.prediction_type"]
-    )
+    for kind, said in written.items():
+        assert said.pop("modelspec.prediction_type")
+        wanted[kind][SCHEDULE] = {"prediction_type": "epsilon"} | wanted[kind][SCHEDULE]
+        assert {key.removeprefix(OURS): json.loads(text) for key, text in said.items()} == wanted[kind]
 
 
 def test_no_name_in_a_file_leaves_the_folder_that_is_written(tmp_path):
@@ -394,7 +396,7 @@ def test_everything_comes_back_bit_for_bit(kind, stored, tmp_path):
     pipe.save(tmp_path / "again.safetensors")
     assert_same_bits(load_file(tmp_path / "again.safetensors"), load_file(path))
     told = metadata(tmp_path / "again.safetensors")
-    assert {key: text for key, text in told.items() if not key.startswith(f"{OURS}tokenizer")} == said
+    assert {key: text for key, text in told.items() if not key.startswith(OURS)} == said
     pipe.save(path)  # over itself
     assert_same_bits(load_file(path), load_file(tmp_path / "again.safetensors"))
 

@@ -1,9 +1,8 @@
 """LDM single files, as CompVis and Stability AI published them and A1111 and ComfyUI read them: one table, both directions.
 
 `places` says where each tensor of a network of ours stands in such a file; reading and writing both follow from it. The
-file has no configuration: `recognise` and `describe` infer from names and shapes what the folder layout would say. Where that
-is not what a model means, a file of ours holds the folder's own small files in its metadata, under `OURS` and their names;
-those of the tokenizers it always holds.
+file has no configuration: `recognise` and `describe` infer from names and shapes what the folder layout would say. A file of
+ours holds the folder's own small files besides, in its metadata, under `OURS` and their names.
 """
 
 import functools

@@ -53,9 +53,6 @@ SMALL_FILES = (INDEX, "*/*.json", "tokenizer*/*.txt")  # read into memory, writt
 OF_TOKENIZER = re.compile(r"tokenizer(_2)?/[\w-]+\.\w+")  # by what a file says itself, in which "../" would leave a folder
 VOCABULARY = ("vocab.json", "merges.txt", "tokenizer.json", "added_tokens.json")
 CLIP = "openai/clip-vit-large-patch14"  # has the vocabulary of all these models
-OF_NOISE = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
-OF_STEPS = ("timestep_spacing", "steps_offset", "clip_sample", "set_alpha_to_one", "variance_type")
-OF_PIPELINE = {"force_zeros_for_empty_prompt": True, "max_noise_level": 350}
 
 # Names as files have them -> names as published today: a missing prefix, a buffer that became a constant, old attention.
 RENAMES = (
@@ -218,16 +215,6 @@ class Source:
         with blaming(f"{self.name}/{name}/config.json"), torch.device("meta"), Uninitialised():
             return COMPONENTS[name].network(self.config(name))
 
-    def meaning(self, path: str) -> Any:
-        """What one of the small files says of a network, the noise or how it draws, for comparison."""
-        folder = path.split("/")[0]
-        if folder in COMPONENTS:
-            return self.config(folder)
-        if path == INDEX:
-            return [self.json(path).get(key, usual) for key, usual in OF_PIPELINE.items()]
-        noise = [self.json(path).get(key) or None for key in OF_NOISE] if folder.endswith("scheduler") else None
-        return noise, [self.json(path).get(key) for key in OF_STEPS] if path == SCHEDULE else None
-
     def places(self, name: str) -> dict[str, ldm.Place]:
         """Where the component's tensors stand in a single file."""
         return ldm.places(self.kind, name, self.skeleton(name))
@@ -273,13 +260,14 @@ class Source:
         def whole(parts: Mapping[str, Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
             return ChainMap(*(ldm.write(places[name], part) for name, part in parts.items()), *rest)  # type: ignore[arg-type]
 
-        predicts = str(schedule.get("prediction_type") or "epsilon")
-        told = Source(str(path), ldm.describe(path, files.meta(whole(self.weights)), predicts))
-        odd = {ldm.OURS + name: json.dumps(self.json(name)) for name in told.small if told.meaning(name) != self.meaning(name)}
+        schedule["prediction_type"] = predicts = str(schedule.get("prediction_type") or "epsilon")
+        described = ldm.describe(path, files.meta(whole(self.weights)), predicts)
+        own = {name: self.json(name) for name in described if not name.startswith("tokenizer")} | {SCHEDULE: schedule}
+        told = {ldm.OURS + name: json.dumps(content) for name, content in own.items()}
         with blaming(f"{self.name}/tokenizer"):
-            words = {ldm.OURS + x: self.small[x].decode() for x in sorted(self.small) if x.startswith("tokenizer")}
+            told |= {ldm.OURS + x: self.small[x].decode() for x in sorted(self.small) if x.startswith("tokenizer")}
         says = {"modelspec.prediction_type": predicts.removesuffix("_prediction")}
-        files.write_weights(path, whole(states), whole(self.weights), dtype, {**self.metadata, **says, **odd, **words})
+        files.write_weights(path, whole(states), whole(self.weights), dtype, {**self.metadata, **says, **told})
 
 
 def single(path: Path) -> bool:

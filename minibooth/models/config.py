@@ -109,7 +109,7 @@ class VAEConfig(Config):
 
     in_channels: int = 3
     out_channels: int = 3
-    sample_size: int | tuple[int, int] = dataclasses.field(default=32, compare=False)  # says nothing of the network
+    sample_size: int | tuple[int, int] = 32
     latent_channels: int = 4
     block_out_channels: tuple[int, ...] = (64,)
     down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
@@ -154,9 +154,8 @@ class CLIPTextConfig(TransformerConfig):
     intermediate_size: int = 2048
     num_attention_heads: int = 8
     max_position_embeddings: int = 77
-    # 2 in published files, for the largest id there is
-    eos_token_id: int | tuple | None = dataclasses.field(default=49407, compare=False)
-    projection_dim: int = dataclasses.field(default=512, compare=False)  # which the weights' shapes tell
+    eos_token_id: int | tuple | None = 49407  # 2 in published files, for the largest id there is
+    projection_dim: int = 512
     architectures: tuple[str, ...] = ()
 
 
