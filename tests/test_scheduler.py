@@ -162,9 +162,9 @@ def test_a_file_may_leave_everything_out():
 
 @pytest.mark.parametrize(("settings", "message"), [
     ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "_class_name='FlowMatchEulerDiscreteScheduler' is not"),
-    ({"prediction_type": "sample"}, "prediction_type='sample' is not supported; epsilon, v_prediction are"),
-    ({"beta_schedule": "sigmoid"}, "beta_schedule='sigmoid' is not supported; linear, scaled_linear, squared"),
-    ({"timestep_spacing": "log"}, "timestep_spacing='log' is not supported; leading, trailing, linspace are"),
+    ({"prediction_type": "sample"}, "prediction_type='sample' is not supported; supported: epsilon, v_prediction"),
+    ({"beta_schedule": "sigmoid"}, "beta_schedule='sigmoid' is not supported; supported: linear, scaled_linear, squared"),
+    ({"timestep_spacing": "log"}, "timestep_spacing='log' is not supported; supported: leading, trailing, linspace"),
     ({"variance_type": "learned_range"}, "variance_type='learned_range'"),
     ({"thresholding": True}, "thresholding=True is not supported"),
     ({"use_exponential_sigmas": True}, "use_exponential_sigmas=True"),

@@ -13,7 +13,7 @@ Shapes: B batch; T `num_train_timesteps`; x0 and noise [B, ...]; t LongTensor [B
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Self
 
 import torch
@@ -21,12 +21,13 @@ from torch import Tensor
 
 from minibooth.errors import UserError
 
-# The keys that are read, with the defaults of diffusers' DDPMScheduler; then, by class, where others' defaults differ.
+# The keys that are read, with the defaults of diffusers' DDPMScheduler.
 DEFAULTS: dict[str, Any] = dict(
     num_train_timesteps=1000, beta_schedule="linear", beta_start=0.0001, beta_end=0.02, trained_betas=None,
     rescale_betas_zero_snr=False, prediction_type="epsilon", timestep_spacing="leading", steps_offset=0,
     set_alpha_to_one=True, clip_sample=True, clip_sample_range=1.0, variance_type="fixed_small", use_karras_sigmas=False,
 )  # fmt: skip
+# By class, where others' defaults differ.
 _SIGMAS = dict(clip_sample=False, timestep_spacing="linspace")
 CLASSES: dict[str, dict[str, Any]] = {
     "DDPM": {}, "DDIM": {}, "PNDM": dict(clip_sample=False, set_alpha_to_one=False),
@@ -35,11 +36,6 @@ CLASSES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverSDE"),
                     _SIGMAS | dict(beta_start=0.00085, beta_end=0.012)),
 }  # fmt: skip
-# What the other keys must say: one of these; or, if they stand in neither table, nothing (false, null, 0, empty).
-NEUTRAL: dict[str, tuple[Any, ...]] = dict(
-    final_sigmas_type=("zero",), interpolation_type=("linear",), timestep_type=("discrete",),
-    lambda_min_clipped=(-math.inf,), predict_epsilon=(True,),
-)  # fmt: skip
 # Parameters of what is off, and which solver another sampler is to be: here its name says that.
 IGNORED = frozenset({
     "dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type", "skip_prk_steps", "predict_x0",
@@ -75,9 +71,11 @@ SPACINGS: dict[str, Callable[[int, int, int, Tensor], Tensor]] = {
     "trailing": lambda T, n, offset, i: (T + i * ((T - T / n) - T)).round() - 1,
     "linspace": lambda T, n, offset, i: (i.flip(0) * ((T - 1) / max(n - 1, 1))).clamp(max=T - 1),
 }
-CHOICES: dict[str, Iterable[str]] = dict(
+# What a key may say, be it read or not. A key that stands in no table must say nothing (false, null, 0, empty).
+CHOICES: dict[str, Collection[Any]] = dict(
     beta_schedule=BETAS, timestep_spacing=SPACINGS, prediction_type=("epsilon", "v_prediction"),
-    variance_type=("fixed_small", "fixed_small_log", "fixed_large"),
+    variance_type=("fixed_small", "fixed_small_log", "fixed_large"), final_sigmas_type=("zero",),
+    interpolation_type=("linear",), timestep_type=("discrete",), lambda_min_clipped=(-math.inf,), predict_epsilon=(True,),
 )  # fmt: skip
 
 
@@ -85,20 +83,14 @@ def _read(config: Mapping[str, Any]) -> dict[str, Any]:
     """A value for every key of DEFAULTS; UserError for what would otherwise go wrong in silence."""
     name = str(config.get("_class_name", "DDPMScheduler"))
     if name.removesuffix("Scheduler") not in CLASSES:
-        raise UserError(f"_class_name={name!r} is not supported; {', '.join(CLASSES)} are")
-    values = DEFAULTS | CLASSES[name.removesuffix("Scheduler")]
-    for key, value in config.items():
-        if key in DEFAULTS:
-            values[key] = values[key] if value is None else value
-        elif key in NEUTRAL:
-            if value is not None and value not in NEUTRAL[key]:
-                raise UserError(f"{key}={value!r} is not supported; {NEUTRAL[key][0]!r} is")
-        elif value and key not in IGNORED and not key.startswith("_"):
+        raise UserError(f"_class_name={name!r} is not supported; supported: {', '.join(CLASSES)}")
+    given = {key: value for key, value in config.items() if value is not None}
+    for key, value in given.items():
+        if key in CHOICES and value not in [*CHOICES[key]]:
+            raise UserError(f"{key}={value!r} is not supported; supported: {', '.join(map(str, CHOICES[key]))}")
+        if value and key not in {*DEFAULTS, *CHOICES, *IGNORED} and not key.startswith("_"):
             raise UserError(f"{key}={value!r} is not supported; turn it off or remove it")
-    for key, choices in CHOICES.items():
-        if values[key] not in [*choices]:
-            raise UserError(f"{key}={values[key]!r} is not supported; {', '.join(choices)} are")
-    return values
+    return DEFAULTS | CLASSES[name.removesuffix("Scheduler")] | {key: given[key] for key in DEFAULTS if key in given}
 
 
 class DDPMScheduler:
