@@ -16,7 +16,6 @@ import platform
 import re
 import shlex
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,9 +111,8 @@ class Journal:
         for number, path in grids(self.folder):
             if not step or number > step:
                 path.unlink()
-        metrics = self.folder / "metrics.jsonl"
-        lines = metrics.read_text("utf-8", "replace").splitlines() if metrics.exists() else []
-        files.write_text(metrics, "".join(f"{line}\n" for line in lines if step and _step_of(line) <= step))
+        kept = [json.dumps(values) + "\n" for values in metrics(self.folder) if step and values["step"] <= step]
+        files.write_text(self.folder / "metrics.jsonl", "".join(kept))
 
     def note(self, finished: bool) -> None:
         """run.json, with whether the folder holds the result of just this run."""
@@ -175,6 +173,15 @@ def grids(folder: Path) -> list[tuple[int, Path]]:
     return numbered(folder / "samples", r"step-(\d+)\.png")
 
 
+def metrics(folder: Path) -> Iterator[dict[str, Any]]:
+    """The lines of an output folder's metrics.jsonl, but for half a line, as a run leaves that is killed while it writes."""
+    path = folder / "metrics.jsonl"
+    for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            if isinstance(values := json.loads(line), dict) and isinstance(values.get("step"), int):
+                yield values
+
+
 def common(settings: Settings) -> dict[str, Any]:
     """What a run that goes on from a checkpoint must have in common with the one that wrote it: what trains, and on what."""
     named = {name: Path(getattr(settings, name)).resolve().name for name in NAMED}
@@ -185,10 +192,3 @@ def words_of(name: str, value: Any) -> list[str]:
     """A flag on the command line."""
     words = [] if value is True else [*map(str, value if isinstance(value, tuple) else (value,))]
     return [f"--{name}={words[0]}"] if words and words[0].startswith("-") else [f"--{name}", *words]
-
-
-def _step_of(line: str) -> int:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, LookupError, TypeError):
-        return sys.maxsize  # half a line: the run was killed while writing it

@@ -22,7 +22,7 @@ from PIL import Image
 
 from minibooth.checkpoint import files
 from minibooth.dreambooth.data import open_picture
-from minibooth.dreambooth.journal import grids
+from minibooth.dreambooth.journal import grids, metrics
 from minibooth.dreambooth.settings import Settings
 from minibooth.errors import UserError
 
@@ -38,7 +38,7 @@ PAGE = Template(Path(__file__).with_suffix(".html").read_text("utf-8"))
 
 def write(folder: Path) -> None:
     """Write folder/report.html, whole or not at all; pictures that are gone are left out. Raises UserError without run.json."""
-    run, every = files.read_json(folder / "run.json"), columns(folder / "metrics.jsonl")
+    run, every = files.read_json(folder / "run.json"), columns(folder)
     s, usual = run["settings"], json.loads(json.dumps(asdict(Settings())))
     steps = max((points[-1][0] for points in every.values()), default=0)
     minutes = sum(seconds for _, seconds in every.get("seconds", ())) / 60
@@ -70,14 +70,13 @@ def write(folder: Path) -> None:
     files.write_text(folder / "report.html", page)
 
 
-def columns(path: Path) -> dict[str, list[tuple[float, float]]]:
-    """The points of every number in metrics.jsonl, which need not be on each line; a half-written line is passed over."""
+def columns(folder: Path) -> dict[str, list[tuple[float, float]]]:
+    """The points of every number in metrics.jsonl, which need not be on each line."""
     found: dict[str, list[tuple[float, float]]] = {}
-    for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, AttributeError, LookupError):
-            for name, value in (values := json.loads(line)).items():
-                if name != "step" and isinstance(value, int | float) and math.isfinite(value):
-                    found.setdefault(name, []).append((values["step"], value))
+    for values in metrics(folder):
+        for name, value in values.items():
+            if name != "step" and isinstance(value, int | float) and math.isfinite(value):
+                found.setdefault(name, []).append((values["step"], value))
     return found
 
 
