@@ -80,17 +80,16 @@ class Journal:
             return
         import fcntl
 
-        place = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run is going on in {self.folder}: choose another --output_dir") from None
-        except OSError:
-            pass  # no locks there
-        try:
+        with contextlib.ExitStack() as held:
+            place = os.open(self.folder, os.O_RDONLY)
+            held.callback(os.close, place)
+            try:
+                fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another run is going on in {self.folder}: choose another --output_dir") from None
+            except OSError:
+                pass  # no locks there
             yield
-        finally:
-            os.close(place)
 
     def open(self, step: int, python: str = "python") -> None:
         """Write run.json; drop metrics and grids of steps that will be done again, and what a killed run left half written.
@@ -133,8 +132,7 @@ class Journal:
         if not asked:
             return None
         if asked == "latest":
-            found = self.checkpoints()
-            return found[-1][1] if found else None
+            return max(self.checkpoints(), default=(0, None))[1]
         for path in (self.folder / asked, Path(asked), self.folder / Path(asked).name):
             if (path / "state.json").is_file():
                 return path
