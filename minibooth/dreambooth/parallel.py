@@ -48,7 +48,7 @@ class Networks(nn.Module):
 class Ranks:
     """A process that trains alone; its subclasses are one of many, the `number`-th of `count`."""
 
-    number, count, shards = 0, 1, 1
+    number, count, sharded = 0, 1, False
     command = "python"
 
     def __init__(self, device: torch.device):
@@ -129,9 +129,7 @@ class Replicas(Ranks):
 class Shards(Replicas):
     """One of many processes that keep a shard each."""
 
-    def __init__(self, device: torch.device):
-        super().__init__(device)
-        self.shards = self.count
+    sharded = True
 
     def join(self, networks: Mapping[str, nn.Module], dtype: torch.dtype) -> Any:
         from torch.distributed.device_mesh import init_device_mesh

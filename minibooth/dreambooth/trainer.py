@@ -102,7 +102,7 @@ class Trainer:
             gc.collect()  # the UNet and its Graph hold each other: nothing else frees their memory
             self.ranks.wait()
         self.weights.place(self.device, self.dtype)
-        if self.ranks.shards == 1:
+        if not self.ranks.sharded:
             speed.channels_last(self.pipe.unet, self.device)
         self.networks = self.ranks.join(self.trained, self.dtype)
         self.encode()
@@ -347,7 +347,7 @@ class Trainer:
     def summary(self) -> list[tuple[str, str]]:
         """What will run, as rows of a table."""
         s = self.settings
-        memory = self.weights.bytes(self.dtype, self.ranks.shards)
+        memory = self.weights.bytes(self.dtype, self.ranks.count if self.ranks.sharded else 1)
         batch = " + ".join([str(s.train_batch_size)] * len(self.sets))
         batch += f" in each of {self.ranks.count} processes" * (self.ranks.count > 1)
         trained = [f"{name}, {size / 1e6:.1f} M parameters" for name, size in self.weights.sizes().items()]
