@@ -79,11 +79,10 @@ class Weights:
 
     def groups(self) -> list[dict[str, Any]]:
         """For the optimizer: what trains of each network, and its peak learning rate."""
-        s = self.settings
-        rates = dict.fromkeys(self.texts, s.learning_rate if s.text_encoder_lr is None else s.text_encoder_lr)
-        rates["unet"] = s.learning_rate
+        unet = self.settings.learning_rate
+        text = unet if self.settings.text_encoder_lr is None else self.settings.text_encoder_lr
         parameters = {name: [p for p in network.parameters() if p.requires_grad] for name, network in self.trained.items()}
-        return [{"params": trained, "peak": rates[name]} for name, trained in parameters.items()]
+        return [{"params": own, "peak": unet if name == "unet" else text} for name, own in parameters.items()]
 
     def sizes(self) -> dict[str, int]:
         """How many parameters train, by network."""
