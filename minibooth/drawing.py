@@ -25,9 +25,8 @@ from minibooth.errors import UserError
 A1111 = {
     "ddpm": "DDPM", "ddim": "DDIM", "pndm": "PLMS", "euler": "Euler", "euler_a": "Euler a", "dpmpp_2m": "DPM++ 2M",
 }  # fmt: skip
-
-
-READ = "dtype", *command.SOURCE  # how the model was read, where it was said
+# Flags that a picture depends on, noted where they were given.
+NOTED = "negative_prompt", "steps", "sampler", "guidance_scale", "model", "dtype", *command.SOURCE
 
 
 def parser(
@@ -103,10 +102,7 @@ def metadata(flags: argparse.Namespace, prompt: str, seed: int, size: tuple[int,
     loras = command.loras(flags)
     named = "".join(f" <lora:{Path(path).stem}:{weight:g}>" for path, weight in loras)
     parameters = f"{prompt}{named}{negative}\n" + ", ".join(f"{key}: {value}" for key, value in a1111.items())
-    own |= {name: value for name in READ if (value := getattr(flags, name))}
+    own |= {name: value for name in NOTED if (value := getattr(flags, name)) is not None}
     own |= {"lora": ", ".join(f"{path} {weight:g}" for path, weight in loras)} if loras else {}
-    own |= dict(
-        prompt=prompt, negative_prompt=flags.negative_prompt, seed=seed, steps=flags.steps, sampler=flags.sampler,
-        guidance_scale=flags.guidance_scale, model=flags.model, software="minibooth",
-    )  # fmt: skip
-    return {key: str(value) for key, value in own.items()} | {"parameters": parameters}
+    own |= {"prompt": prompt, "seed": seed, "software": "minibooth", "parameters": parameters}
+    return {key: str(value) for key, value in own.items()}
