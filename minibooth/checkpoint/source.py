@@ -15,7 +15,7 @@ import contextlib
 import json
 import re
 from collections import ChainMap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,6 +79,12 @@ class Uninitialised(TorchFunctionMode):
         if getattr(func, "__module__", "") == nn.init.__name__:
             return (kwargs or {}).get("tensor")
         return func(*args, **(kwargs or {}))
+
+
+def on_meta(make: Callable[[], Any]) -> Any:
+    """The network that `make` builds, without values: `fill` gives it its weights."""
+    with torch.device("meta"), Uninitialised():
+        return make()
 
 
 @dataclass
@@ -212,8 +218,8 @@ class Source:
 
     def skeleton(self, name: str) -> Any:
         """The component's network on meta. Raises UserError for a configuration that is not supported."""
-        with blaming(f"{self.name}/{name}/config.json"), torch.device("meta"), Uninitialised():
-            return COMPONENTS[name].network(self.config(name))
+        with blaming(f"{self.name}/{name}/config.json"):
+            return on_meta(lambda: COMPONENTS[name].network(self.config(name)))
 
     def places(self, name: str) -> dict[str, ldm.Place]:
         """Where the component's tensors stand in a single file."""

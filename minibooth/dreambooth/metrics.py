@@ -11,7 +11,7 @@ Shapes: A, B pictures, D width of an embedding, which need not be normalised.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from minibooth.checkpoint import files
-from minibooth.checkpoint.source import Uninitialised, fill, snapshot
+from minibooth.checkpoint.source import fill, on_meta, snapshot
 from minibooth.dreambooth.data import open_picture
 from minibooth.errors import UserError, blaming
 from minibooth.models.config import CLIPConfig, Config, ViTConfig
@@ -87,7 +87,8 @@ class Eyes:
         with blaming(source):
             self.see = preprocessor(files.read_json(folder / "preprocessor_config.json"))
             weights = from_vit(weights) if kind == "vit" else weights
-            self.network = _assemble(lambda: network(settings.from_dict(config)), weights, source, device)
+            blank = on_meta(lambda: network(settings.from_dict(config)))
+            self.network = fill(blank, weights, f"{source}: model", torch.float32, device)
             if kind == "clip":
                 small = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".json", ".txt")}
                 self.tokenizer = Tokenizer.from_files(small)
@@ -129,11 +130,4 @@ class Watch:
 
 def open_lpips(path: str | Path, device: torch.device | str = "cpu") -> LPIPS:
     """LPIPS from a safetensors file, as the distance that `diversity` takes."""
-    return _assemble(LPIPS, files.Tensors([Path(path)]), path, device)
-
-
-def _assemble(make: Callable[[], Any], weights: Mapping[str, Tensor], name: str | Path, device: torch.device | str) -> Any:
-    """A network with its weights in fp32, in eval mode. Raises UserError at the first name or shape that differs."""
-    with torch.device("meta"), Uninitialised():
-        network = make()
-    return fill(network, weights, f"{name}: model", torch.float32, device)
+    return fill(on_meta(LPIPS), files.Tensors([Path(path)]), f"{path}: model", torch.float32, device)
