@@ -119,8 +119,7 @@ def ready_folder(folder: Path) -> None:
     """Make a folder, if it is not there. Raises UserError where nothing can be written to it: better now than after hours."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"{folder} is no folder that can be written ({error.strerror}): name another") from None
 
