@@ -86,26 +86,18 @@ def middle(width: int, groups: int) -> Block:
 class VAE(nn.Module):
     """encode: pictures in [-1, 1] -> Posterior; decode: latents as encode gives them -> pictures.
 
-    The diffusion model sees latents times `scaling_factor`, which is the caller's to apply.
+    scaling_factor: what brings latents to about unit variance; the diffusion model sees them times it, which is the caller's to
+    apply. factor: picture pixels per latent pixel, along a side.
     """
 
     def __init__(self, config: VAEConfig):
         super().__init__()
-        self.config = config
+        self.config, self.scaling_factor = config, config.scaling_factor
+        self.factor = 2 ** (len(config.block_out_channels) - 1)
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
-
-    @property
-    def scaling_factor(self) -> float:
-        """What brings the latents to about unit variance."""
-        return self.config.scaling_factor
-
-    @property
-    def factor(self) -> int:
-        """Picture pixels per latent pixel, along a side."""
-        return 2 ** (len(self.config.block_out_channels) - 1)
 
     def encode(self, images: Tensor) -> Posterior:
         """[B, 3, H, W] in [-1, 1] -> the posterior over [B, Z, h, w]."""
