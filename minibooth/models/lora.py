@@ -22,17 +22,13 @@ TARGETS = {  # which layers of a UNet or a text encoder, by their names
 
 
 class Adapter(nn.Module):
-    """What is added to one layer: down [r, I] or [r, I, k, k] and up [O, r] or [O, r, 1, 1], in strength alpha / r * weight."""
+    """What is added to one layer: down [r, I] or [r, I, k, k] and up [O, r] or [O, r, 1, 1]; up @ down counts `scale` times."""
 
     def __init__(self, down: Tensor, up: Tensor, alpha: float, weight: float = 1.0, dropout: float = 0.0):
         super().__init__()
         self.down, self.up = nn.Parameter(down), nn.Parameter(up)
-        self.alpha, self.weight, self.dropout = alpha, weight, dropout
-
-    @property
-    def scale(self) -> float:
-        """The factor on up @ down."""
-        return self.weight * self.alpha / len(self.down)
+        self.alpha, self.dropout = alpha, dropout
+        self.scale = weight * alpha / len(down)
 
     def _save_to_state_dict(self, *args: Any) -> None:
         """Nothing of its own: it is in the layer's weight there."""
