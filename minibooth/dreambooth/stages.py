@@ -17,7 +17,6 @@ from torch import Tensor
 from minibooth.diffusion.images import to_image, to_tensor
 from minibooth.diffusion.pipeline import Condition, Pipeline
 from minibooth.diffusion.super_resolution import StableDiffusionUpscale
-from minibooth.diffusion.text_to_image import StableDiffusion
 from minibooth.dreambooth.data import INTERPOLATION, crop, open_picture
 from minibooth.dreambooth.settings import Settings
 from minibooth.errors import UserError
@@ -30,10 +29,10 @@ class TextToImage:
 
     name, draw_command = "text_to_image", "generate"  # the value of --stage; the command that draws, at a noise level
     caption = ""  # what the columns of the validation's grid are, where prompts do not say it
-    pipe: Any
 
-    def __init__(self, settings: Settings, pipe: StableDiffusion, pictures: Sequence[Path]):
+    def __init__(self, settings: Settings, pipe: Any, pictures: Sequence[Path]):
         self.settings, self.pipe, self.pictures = settings, pipe, pictures
+        self.drawing = VALIDATION | {"guidance_scale": settings.validation_guidance_scale}
         if settings.stage not in (None, self.name):
             raise UserError(f"{pipe.source.name} is {pipe.kind}: --stage {settings.stage} trains another")
         self.check(pictures)
@@ -54,11 +53,6 @@ class TextToImage:
     def predict(self, x: Tensor, t: Tensor, condition: Condition, sizes: Tensor) -> Tensor:
         """The UNet's answer to a batch."""
         return self.pipe.unet(x.to(self.pipe.dtype), t, *self.pipe.with_sizes(condition, sizes))
-
-    @property
-    def drawing(self) -> dict[str, Any]:
-        """How the validation's pictures are drawn."""
-        return VALIDATION | {"guidance_scale": self.settings.validation_guidance_scale}
 
     def show(self, conditions: Sequence[Condition], unconditional: Condition, seeds: Sequence[int]) -> list[list[Image.Image]]:
         """Rows of pictures for the validation prompts."""
