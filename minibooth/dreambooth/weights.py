@@ -34,6 +34,9 @@ class Weights:
 
     def __init__(self, settings: Settings, pipe: Any, seed: int, resumed: Path | None):
         self.settings, self.pipe, self.seed, self.resumed = settings, pipe, seed, resumed
+        folder = Path(settings.output_dir)
+        self.file = folder / f"{folder.resolve().name}.safetensors"  # kohya's LoRA, or the whole pipeline as one
+        self.result = self.file if settings.output_format == "single" else folder  # to draw with
         self.texts = [name for name in pipe.networks if name.startswith("text_encoder")]
         self.trained: dict[str, nn.Module] = {
             name: getattr(pipe, name) for name in ["unet"] + self.texts * settings.train_text_encoder
@@ -119,17 +122,10 @@ class Weights:
             files.write_weights(folder / name / f"{COMPONENTS[name].stem}.safetensors", tensors)
             (folder / name / "config.json").write_bytes(self.pipe.source.small[f"{name}/config.json"])
 
-    @property
-    def result(self) -> Path:
-        """What the run leaves for drawing: the output folder, or the single file in it."""
-        folder = Path(self.settings.output_dir)
-        return folder if self.settings.output_format == "folder" else folder / f"{folder.resolve().name}.safetensors"
-
     def write(self, learnt: Learnt, steps: int) -> None:
         """The result: the whole pipeline, or diffusers' file and kohya's of a LoRA."""
-        folder = Path(self.settings.output_dir)
         if self.lora:
-            lora_files.write(folder, f"{folder.resolve().name}.safetensors", learnt, self.pipe.source, self.about(steps))
+            lora_files.write(self.result, self.file.name, learnt, self.pipe.source, self.about(steps))
         else:
             self.pipe.source.save(self.result, learnt)  # the others as they were read, whatever they computed in
 
@@ -142,7 +138,7 @@ class Weights:
         told = dict(
             network_module="networks.lora", network_dim=s.rank, network_alpha=s.lora_alpha or s.rank, v2=sd2,
             base_model_version="sdxl_base_v1-0" if xl else "sd_v2" if sd2 else "sd_v1", sd_model_name=Path(source.name).name,
-            output_name=Path(s.output_dir).resolve().name, resolution=(s.resolution, s.resolution), steps=steps,
+            output_name=self.file.stem, resolution=(s.resolution, s.resolution), steps=steps,
             learning_rate=s.learning_rate, seed=self.seed,
             tag_frequency=json.dumps({name: {prompt: 1} for name, prompt in prompts.items()}),
         )  # fmt: skip
