@@ -49,15 +49,11 @@ class Ranks:
     """A process that trains alone; its subclasses are one of many, the `number`-th of `count`."""
 
     number, count, sharded = 0, 1, False
+    first = True  # whether this is the rank that writes
     command = "python"
 
     def __init__(self, device: torch.device):
         self.device = device
-
-    @property
-    def first(self) -> bool:
-        """Whether this is the rank that writes."""
-        return self.number == 0
 
     def join(self, networks: Mapping[str, nn.Module], dtype: torch.dtype) -> Any:
         """`Networks` whose gradients are means over the ranks; to be called before there is an optimizer."""
@@ -93,6 +89,7 @@ class Replicas(Ranks):
     def __init__(self, device: torch.device):
         super().__init__(device)
         self.number, self.count = dist.get_rank(), dist.get_world_size()
+        self.first = self.number == 0
         self.command = f"torchrun --nproc-per-node {self.count}"
 
     def join(self, networks: Mapping[str, nn.Module], dtype: torch.dtype) -> Any:
