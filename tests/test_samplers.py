@@ -273,10 +273,9 @@ def test_generators_depend_on_every_part_of_their_key():
         generator(0, 0.5)
 
 
-def test_gaussian_draws_once_for_every_device_and_precision():
+def test_gaussian_draws_standard_normals_one_generator_a_sample():
     full = gaussian((2, 3, 5), generator(0))
     assert torch.equal(full, torch.randn(2, 3, 5, generator=generator(0)))
-    assert torch.equal(gaussian((2, 3, 5), generator(0), dtype=torch.bfloat16), full.bfloat16())
     assert torch.equal(gaussian((2, 3, 5), [generator(0, i) for i in range(2)])[1:], gaussian((1, 3, 5), generator(0, 1)))
     many = gaussian((100_000,), generator(0))
     assert math.isclose(many.mean(), 0, abs_tol=0.02)

@@ -53,16 +53,14 @@ def seeded(device: torch.device, seed: int, *key: int | str) -> Iterator[None]:
         yield
 
 
-def gaussian(
-    shape: Sequence[int], generators: Generators = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """Standard normals of `shape`, [B, ...], on `device` in `dtype`.
+def gaussian(shape: Sequence[int], generators: Generators = None) -> Tensor:
+    """Standard normals of `shape`, [B, ...], in float32 on the CPU.
 
     generators: None (torch's global one), one CPU generator for the whole tensor, or a sequence of B, one per sample.
     Raises ValueError if their number is not B.
     """
     if generators is None or isinstance(generators, torch.Generator):
-        return torch.randn(*shape, generator=generators, dtype=torch.float32).to(device, dtype)
+        return torch.randn(*shape, generator=generators, dtype=torch.float32)
     if len(generators) != shape[0]:
         raise ValueError(f"{len(generators)} generators for a batch of {shape[0]}: give one, or one per sample")
-    return torch.cat([torch.randn(1, *shape[1:], generator=each, dtype=torch.float32) for each in generators]).to(device, dtype)
+    return torch.cat([torch.randn(1, *shape[1:], generator=each, dtype=torch.float32) for each in generators])

@@ -32,6 +32,7 @@ from minibooth.errors import UserError
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 Noise = Callable[[], Tensor]
+States = Iterator[Tensor]  # x after each step
 
 TINY = 2.0**-24  # stands for a = 0 where a sampler divides by it
 # Adams-Bashforth: weights of the latest predictions, newest first, by how many there are.
@@ -65,7 +66,7 @@ def _split(x: Tensor, output: Tensor, a: float, scheduler: DDPMScheduler) -> tup
     return (x - scale * output) / signal, output
 
 
-def ddpm(predict: Predict, x: Tensor, scheduler: DDPMScheduler, steps: int, noise: Noise) -> Iterator[Tensor]:
+def ddpm(predict: Predict, x: Tensor, scheduler: DDPMScheduler, steps: int, noise: Noise) -> States:
     """Ancestral sampling: each step draws from q(x_s | x_t, x0) at the predicted x0."""
     a = scheduler.alphas_cumprod.tolist()
     times = scheduler.timesteps(steps).tolist()
@@ -81,7 +82,7 @@ def ddpm(predict: Predict, x: Tensor, scheduler: DDPMScheduler, steps: int, nois
         yield x
 
 
-def ddim(predict: Predict, x: Tensor, scheduler: DDPMScheduler, steps: int, noise: Noise, eta: float = 0.0) -> Iterator[Tensor]:
+def ddim(predict: Predict, x: Tensor, scheduler: DDPMScheduler, steps: int, noise: Noise, eta: float = 0.0) -> States:
     """Deterministic at eta 0; at eta 1 as random as ddpm."""
     a = scheduler.alphas_cumprod.tolist()
     for t in scheduler.timesteps(steps).tolist():
@@ -96,7 +97,7 @@ def ddim(predict: Predict, x: Tensor, scheduler: DDPMScheduler, steps: int, nois
         yield x
 
 
-def pndm(predict: Predict, x: Tensor, scheduler: DDPMScheduler, steps: int, noise: Noise) -> Iterator[Tensor]:
+def pndm(predict: Predict, x: Tensor, scheduler: DDPMScheduler, steps: int, noise: Noise) -> States:
     """Ddim's step along a mean of the last four predictions; the first is taken twice, so it yields steps + 1 times.
 
     As diffusers does with skip_prk_steps, which all published files have, whether or not this one does.
@@ -124,9 +125,7 @@ def pndm(predict: Predict, x: Tensor, scheduler: DDPMScheduler, steps: int, nois
         yield x
 
 
-def euler(
-    predict: Predict, x: Tensor, scheduler: DDPMScheduler, steps: int, noise: Noise, ancestral: bool = False
-) -> Iterator[Tensor]:
+def euler(predict: Predict, x: Tensor, scheduler: DDPMScheduler, steps: int, noise: Noise, ancestral: bool = False) -> States:
     """Euler's method for dx/dsigma = (x - x0) / sigma; yields x0 + sigma e, of which the last is x0.
 
     Ancestral: each step goes past its mark, and fresh noise brings x back up to it.
@@ -150,7 +149,7 @@ def euler(
         yield x
 
 
-def dpmpp_2m(predict: Predict, x: Tensor, scheduler: DDPMScheduler, steps: int, noise: Noise) -> Iterator[Tensor]:
+def dpmpp_2m(predict: Predict, x: Tensor, scheduler: DDPMScheduler, steps: int, noise: Noise) -> States:
     """Exact for an x0 linear in lambda = -log sigma: extrapolates the last two; first order at both ends."""
     levels = _sigmas(scheduler)
     # The grid has one point more, the clean end, except that trailing leaves it out by itself.
@@ -172,7 +171,7 @@ def dpmpp_2m(predict: Predict, x: Tensor, scheduler: DDPMScheduler, steps: int, 
         yield x
 
 
-SAMPLERS: dict[str, Callable[..., Iterator[Tensor]]] = {
+SAMPLERS: dict[str, Callable[..., States]] = {
     "ddpm": ddpm, "ddim": ddim, "pndm": pndm, "euler": euler,
     "euler_a": functools.partial(euler, ancestral=True), "dpmpp_2m": dpmpp_2m,
 }  # fmt: skip
@@ -191,7 +190,7 @@ def calls(sampler: str, steps: int) -> int:
 def trajectory(
     predict: Predict, x: Tensor, scheduler: DDPMScheduler, steps: int, sampler: str = "ddim", generator: Generators = None,
     eta: float = 0.0,
-) -> Iterator[Tensor]:  # fmt: skip
+) -> States:  # fmt: skip
     """x after each of the sampler's steps; `sample` says what goes in."""
     if sampler not in SAMPLERS:
         raise UserError(f"no sampler is named {sampler!r}; there are {', '.join(SAMPLERS)}")
@@ -201,7 +200,7 @@ def trajectory(
         scheduler = DDPMScheduler.from_config(USUAL[sampler] | scheduler.config)
 
     def noise() -> Tensor:
-        return gaussian(x.shape, generator, x.device, x.dtype)
+        return gaussian(x.shape, generator).to(x)
 
     return SAMPLERS[sampler](predict, x, scheduler, steps, noise, **({"eta": eta} if eta else {}))
 
