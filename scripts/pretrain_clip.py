@@ -30,7 +30,6 @@ from minibooth import command
 from minibooth.checkpoint import files
 from minibooth.command import WEIGHTS
 from minibooth.dreambooth.metrics import Eyes, cosines
-from minibooth.models.config import CLIPConfig
 from minibooth.models.tokenizer import Tokenizer
 from minibooth.models.vision import CLIP
 
@@ -105,7 +104,7 @@ def wording(scene: Scene, mark: Mark | None, rng: Rng) -> str:
 
 def new_clip(config: dict) -> CLIP:
     """Both towers, fresh."""
-    clip = CLIP(CLIPConfig.from_dict(config))
+    clip = CLIP(config)
     start_at_zero(clip, ("out_proj", "fc2"))
     seen, read = clip.vision_model.embeddings, clip.text_model.embeddings
     for x in (seen.class_embedding, seen.position_embedding.weight, read.position_embedding.weight):

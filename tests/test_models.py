@@ -12,9 +12,10 @@ import minibooth
 from minibooth.errors import UserError
 from minibooth.models import ops
 from minibooth.models.clip import CLIPText
-from minibooth.models.config import CLIPConfig, CLIPTextConfig, UNetConfig, VAEConfig, VisionConfig, ViTConfig
+from minibooth.models.config import CLIPTextConfig, UNetConfig, VAEConfig, VisionConfig, ViTConfig
 from minibooth.models.unet import UNet
 from minibooth.models.vae import VAE, Posterior
+from minibooth.models.vision import CLIP
 
 PROMPTS = ["a photo of sks dog", "", "a cat! " * 60]
 
@@ -236,8 +237,10 @@ def test_what_a_file_leaves_out_is_what_the_class_that_wrote_it_means(config):
 
 
 def test_a_whole_clip_model_that_says_nothing_is_transformers_own():
-    theirs = pytest.importorskip("transformers").CLIPConfig()
-    assert CLIPConfig.from_dict({}) == CLIPConfig.from_dict(theirs.to_dict())
+    theirs = pytest.importorskip("transformers").CLIPConfig().to_dict()
+    assert all(kind.from_dict({}) == kind.from_dict(theirs) for kind in (CLIPTextConfig, VisionConfig))
+    with torch.device("meta"):
+        assert CLIP({}).text_projection.out_features == CLIP(theirs).text_projection.out_features
 
 
 @pytest.mark.parametrize("said, heads", [(4, [4, 4, 4]), ([1, 2, 4, 4], [1, 2, 4])])

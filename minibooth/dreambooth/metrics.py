@@ -24,11 +24,12 @@ from minibooth.checkpoint import files
 from minibooth.checkpoint.source import fill, on_meta, snapshot
 from minibooth.dreambooth.data import open_picture
 from minibooth.errors import UserError, blaming
-from minibooth.models.config import CLIPConfig, Config, ViTConfig
+from minibooth.models.config import ViTConfig
 from minibooth.models.tokenizer import Tokenizer
 from minibooth.models.vision import CLIP, LPIPS, VisionModel, from_vit, preprocessor
 
-ENCODERS: dict[str, tuple[Any, type[Config]]] = {"clip": (CLIP, CLIPConfig), "vit": (VisionModel, ViTConfig)}  # by model_type
+# By model_type, from config.json.
+ENCODERS: dict[str, Callable[[dict], Any]] = {"clip": CLIP, "vit": lambda config: VisionModel(ViTConfig.from_dict(config))}
 PUBLISHED = {"clip": "openai/clip-vit-base-patch32@refs/pr/15", "dino": "facebook/dino-vits16@refs/pr/1"}
 BATCH = 32  # pictures that are looked at together
 UNUSED = re.compile(r"embeddings\.position_ids$|^pooler\.")  # a constant; what ViTs have on top and DINO does not use
@@ -81,13 +82,12 @@ class Eyes:
             wanted = f"needed is {kind}" if kind else f"supported: {', '.join(ENCODERS)}"
             raise UserError(f"{source} holds a model of type {found}; {wanted} (DINO is a vit)")
         kind = str(found)
-        network, settings = ENCODERS[kind]
         tensors = files.weights_of(folder, "model")
         weights = {name: tensors[name] for name in tensors if not UNUSED.search(name)}
         with blaming(source):
             self.see = preprocessor(files.read_json(folder / "preprocessor_config.json"))
             weights = from_vit(weights) if kind == "vit" else weights
-            blank = on_meta(lambda: network(settings.from_dict(config)))
+            blank = on_meta(lambda: ENCODERS[kind](config))
             self.network = fill(blank, weights, f"{source}: model", torch.float32, device)
             if kind == "clip":
                 small = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".json", ".txt")}

@@ -183,18 +183,3 @@ class ViTConfig(VisionConfig):
     patch_size: int = 16
     hidden_act: Literal["quick_gelu", "gelu"] = "gelu"
     layer_norm_eps: float = 1e-12
-
-
-@dataclasses.dataclass(frozen=True)
-class CLIPConfig(Config):
-    """config.json of a whole CLIP model, text and pictures."""
-
-    text: CLIPTextConfig
-    vision: VisionConfig
-    projection_dim: int
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> Self:
-        """Of what is in it, each encoder's section. Raises UserError for an unsupported setting."""
-        text, vision = CLIPTextConfig.from_dict(config), VisionConfig.from_dict(config)
-        return cls(text, vision, config.get("projection_dim", 512))

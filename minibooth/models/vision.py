@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from minibooth.errors import UserError
 from minibooth.models.clip import Encoder, TextModel
-from minibooth.models.config import CLIPConfig, VisionConfig
+from minibooth.models.config import CLIPTextConfig, VisionConfig
 
 VIT_NAMES = {  # a part of a name in a ViT's file -> of ours
     "cls_token": "class_embedding", "patch_embeddings.projection": "patch_embedding",
@@ -111,14 +111,19 @@ class VisionModel(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Pixels [B, 3, H, W] -> [B, P]; `read` does the same to prompts."""
+    """Pixels [B, 3, H, W] -> [B, P]; `read` does the same to prompts. config: config.json of the whole model.
 
-    def __init__(self, config: CLIPConfig):
+    Raises UserError for an unsupported setting.
+    """
+
+    def __init__(self, config: Mapping[str, Any]):
         super().__init__()
-        self.text_model = TextModel(config.text)
-        self.text_projection = nn.Linear(config.text.hidden_size, config.projection_dim, bias=False)
-        self.vision_model = VisionModel(config.vision)
-        self.visual_projection = nn.Linear(config.vision.hidden_size, config.projection_dim, bias=False)
+        text, vision = CLIPTextConfig.from_dict(config), VisionConfig.from_dict(config)
+        width = config.get("projection_dim", 512)
+        self.text_model = TextModel(text)
+        self.text_projection = nn.Linear(text.hidden_size, width, bias=False)
+        self.vision_model = VisionModel(vision)
+        self.visual_projection = nn.Linear(vision.hidden_size, width, bias=False)
         self.logit_scale = nn.Parameter(torch.empty(()))  # of training alone
 
     def forward(self, pixels: Tensor) -> Tensor:
