@@ -1,11 +1,18 @@
 """The errors that are nobody's bug."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 
 class UserError(ValueError):
     """A mistake the user can mend: commands print it as one line and exit with status 2."""
+
+
+def refuse(problems: Mapping[str, object]) -> None:
+    """Raises UserError with the first of these problems that is there: {what to say: whether it is so}."""
+    for problem, there in problems.items():
+        if there:
+            raise UserError(problem)
 
 
 @contextlib.contextmanager

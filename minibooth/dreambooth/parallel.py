@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from minibooth.dreambooth.settings import Settings
-from minibooth.errors import UserError
+from minibooth.errors import UserError, refuse
 from minibooth.models.blocks import ResnetBlock, Transformer, Upsample
 from minibooth.models.clip import Layer
 
@@ -172,7 +172,7 @@ def start(settings: Settings, device: torch.device) -> Iterator[Ranks]:
             torch.cuda.set_device(device)  # a `Graph` records what is started on the current one
         yield Ranks(device)
         return
-    refused = {
+    refuse({
         "--fused_backward_pass updates weights before their gradients are averaged over the processes: leave it out":
             settings.fused_backward_pass,
         "--use_8bit_adam shares a scale among many elements, which --parallel fsdp would cut: take --parallel ddp":
@@ -182,10 +182,7 @@ def start(settings: Settings, device: torch.device) -> Iterator[Ranks]:
         f"{device.type} is one device: add --device cpu": device.type == "mps",
         f"process {local} has no GPU: --nproc-per-node {torch.cuda.device_count()} is the most, or add --device cpu":
             device.type == "cuda" and local >= torch.cuda.device_count(),
-    }  # fmt: skip
-    for problem, there in refused.items():
-        if there:
-            raise UserError(problem)
+    })  # fmt: skip
     if device.type == "cuda":
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)

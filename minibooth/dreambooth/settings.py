@@ -11,7 +11,7 @@ from typing import Any
 
 from minibooth.dreambooth.data import INTERPOLATION
 from minibooth.dreambooth.learning_rate import SCHEDULES
-from minibooth.errors import UserError
+from minibooth.errors import refuse
 from minibooth.models.lora import TARGETS
 
 PRECISIONS, MIXED, FORMATS = ("no", "fp32", "fp16", "bf16"), ("no", "fp16", "bf16"), ("folder", "single")
@@ -123,18 +123,14 @@ class Settings:
 
     def check(self) -> None:
         """Refuse what cannot run. Raises UserError."""
-        for name in ("pretrained_model_name_or_path", "instance_data_dir", "instance_prompt", "output_dir"):
-            if not getattr(self, name):
-                raise UserError(f"--{name} is missing")
+        needed = "pretrained_model_name_or_path", "instance_data_dir", "instance_prompt", "output_dir"
+        refuse({f"--{name} is missing": not getattr(self, name) for name in needed})
         numbers = {name: value for name, value in vars(self).items() if isinstance(value, int | float)}
-        for name, value in numbers.items():
-            if not abs(value) < MOST.get(type(value), math.inf):
-                raise UserError(f"--{name} {value} is out of bounds")
-        for f in dataclasses.fields(self):
-            if numbers.get(f.name, math.inf) < (least := f.metadata.get("least", -math.inf)):
-                raise UserError(f"--{f.name} {numbers[f.name]} is less than {least}")
+        refuse({f"--{name} {x} is out of bounds": not abs(x) < MOST.get(type(x), math.inf) for name, x in numbers.items()})
+        least = {f.name: f.metadata["least"] for f in dataclasses.fields(self) if "least" in f.metadata and f.name in numbers}
+        refuse({f"--{name} {numbers[name]} is less than {low}": numbers[name] < low for name, low in least.items()})
         once, accumulated = self.fused_backward_pass, self.gradient_accumulation_steps > 1
-        refused = {
+        refuse({
             '--with_prior_preservation needs --class_prompt, such as "a photo of dog"':
                 self.with_prior_preservation and not self.class_prompt,
             f"--resolution {self.resolution} is not divisible by 8": self.resolution % 8 or self.resolution <= 0,
@@ -150,10 +146,7 @@ class Settings:
             "--fused_backward_pass keeps no gradients to accumulate: take a larger --train_batch_size": once and accumulated,
             "--fused_backward_pass cannot take back an update that overflowed in fp16: use --mixed_precision bf16":
                 once and self.mixed_precision == "fp16",
-        }  # fmt: skip
-        for problem, there in refused.items():
-            if there:
-                raise UserError(problem)
+        })  # fmt: skip
 
     def given(self) -> dict[str, Any]:
         """What is not as it is by default."""

@@ -19,7 +19,7 @@ from minibooth.diffusion.pipeline import Condition, Pipeline
 from minibooth.diffusion.super_resolution import StableDiffusionUpscale
 from minibooth.dreambooth.data import INTERPOLATION, crop, open_picture
 from minibooth.dreambooth.settings import Settings
-from minibooth.errors import UserError
+from minibooth.errors import UserError, refuse
 
 VALIDATION: dict[str, Any] = {"steps": 25, "sampler": "dpmpp_2m"}
 
@@ -77,13 +77,12 @@ class SuperResolution(TextToImage):
 
     def check(self, pictures: Sequence[Path], drawn: int = 0) -> None:
         (low, high), most, side = self.settings.noise_levels, self.pipe.max_noise_level, self.settings.resolution
-        if self.settings.metrics_model:
-            raise UserError("--metrics_model is for what a text-to-image model draws: an upscaler does without")
-        if not 0 <= low <= high <= most:
-            raise UserError(f"--noise_levels {low} {high}: give the lowest and the highest, from 0 to {most}")
-        if drawn:
-            remedy = f"put {drawn} more into --class_data_dir, or lower --num_class_images"
-            raise UserError(f"an upscaler cannot draw class pictures: {remedy}")
+        refuse({
+            "--metrics_model is for what a text-to-image model draws: an upscaler does without": self.settings.metrics_model,
+            f"--noise_levels {low} {high}: give the lowest and the highest, from 0 to {most}": not 0 <= low <= high <= most,
+            f"an upscaler cannot draw class pictures: put {drawn} more into --class_data_dir, or lower --num_class_images":
+                drawn,
+        })  # fmt: skip
         for path in pictures:
             if min(size := open_picture(path).size) < side:
                 sizes = f"{size[0]} x {size[1]} pixels, and pairs of low and high resolution need {side} x {side}"
