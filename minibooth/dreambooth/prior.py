@@ -73,12 +73,11 @@ class ClassPictures(Drawings):
     """
 
     def __init__(self, settings: Settings, source: Source, dtype: torch.dtype):
-        self.settings = settings
-        folder = Path(settings.class_data_dir or Path(settings.output_dir) / "class")
-        own = [path for path in sorted(folder.glob("*")) if is_picture(path)][: settings.num_class_images]
-        chosen = {"prompt": settings.class_prompt, "resolution": settings.resolution}
-        chosen |= {"guidance_scale": settings.class_guidance_scale}
-        super().__init__(folder, origin(source, source.weights, dtype) | DRAWING | chosen, settings.num_class_images - len(own))
+        self.settings = s = settings
+        folder = Path(s.class_data_dir or Path(s.output_dir) / "class")
+        own = [path for path in sorted(folder.glob("*")) if is_picture(path)][: s.num_class_images]
+        chosen = {"prompt": s.class_prompt, "resolution": s.resolution, "guidance_scale": s.class_guidance_scale}
+        super().__init__(folder, origin(source, source.weights, dtype) | DRAWING | chosen, s.num_class_images - len(own))
         self.outdated = [path.name for path in folder.glob("drawn-*")]
         self.pictures = own + self.pictures
 
