@@ -167,9 +167,9 @@ def emulated(dtype: torch.dtype) -> bool:
 
 
 @functools.cache
-def faster(kind: Any, fast: Any) -> Any:
-    """A layer's class with what it builds on made `fast`."""
-    return fast if kind in fast.__bases__ else type(kind.__name__, (kind, fast), {})
+def mixed(*kinds: Any) -> Any:
+    """A class that inherits from all of these, the first foremost; always the same one."""
+    return type("".join(kind.__name__ for kind in kinds), kinds, {})
 
 
 def suit(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -180,7 +180,7 @@ def suit(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     for layer in network.modules():
         for plain, fast in kinds.items():
             if isinstance(layer, plain) and not isinstance(layer, fast):
-                layer.__class__ = faster(type(layer), fast)  # type: ignore[arg-type]
+                layer.__class__ = fast if type(layer) is plain else mixed(type(layer), fast)  # type: ignore[arg-type]
 
 
 def channels_last(network: nn.Module, device: torch.device) -> None:

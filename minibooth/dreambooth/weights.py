@@ -1,6 +1,5 @@
 """The networks of a run: which of them train, or what LoRA in them; where they lie, what they take, and how they are kept."""
 
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -157,11 +156,6 @@ class Recomputed(nn.Module):
         return checkpoint(super().forward, *args, use_reentrant=False, preserve_rng_state=self.dropout, **joined)
 
 
-@functools.cache
-def recomputed(kind: Any, dropout: bool) -> Any:
-    return type(kind.__name__, (Recomputed, kind), {"dropout": dropout})
-
-
 def recompute_activations(network: nn.Module, dropout: bool = False) -> None:
     """Put gradient checkpointing on from outside.
 
@@ -170,4 +164,4 @@ def recompute_activations(network: nn.Module, dropout: bool = False) -> None:
     parts: list[Any] = [part for part in network.modules() if isinstance(part, BLOCKS)]
     stacks = [part.transformer_blocks for part in parts if isinstance(part, Transformer)]
     for part in (*parts, *(block for stack in stacks if len(stack) > 1 for block in stack)):
-        part.__class__ = recomputed(type(part), dropout)  # type: ignore[arg-type]
+        part.__class__, part.dropout = speed.mixed(Recomputed, type(part)), dropout  # type: ignore[arg-type]
