@@ -288,8 +288,7 @@ class Trainer:
         pictures = [picture for row in rows for picture in row]
         if self.watch:
             self.journal.log(step=step, **self.watch.look(pictures, of_class))
-        about = {"prompt": s.validation_prompt, "step": str(step), "seed": str(self.seed)}
-        about |= {"caption": self.stage.caption} if self.stage.caption else {}
+        about = {"prompt": s.validation_prompt, "step": str(step), "seed": str(self.seed), "caption": self.stage.caption}
         path = self.journal.folder / "samples" / f"step-{step}.png"
         path.parent.mkdir(exist_ok=True)
         save_png(grid(pictures, columns=len(rows[0])), path, about)
