@@ -11,8 +11,7 @@ from minibooth.diffusion.images import to_rgb, to_tensor
 from minibooth.errors import UserError
 
 Image.MAX_IMAGE_PIXELS = 1 << 28  # a telephone's picture may have 200 million; twice as many as this are refused
-FILTERS = "lanczos", "bilinear", "bicubic", "box", "hamming", "nearest"
-INTERPOLATION = {name: Image.Resampling[name.upper()] for name in FILTERS}
+INTERPOLATION = {each.name.lower(): each for each in Image.Resampling}
 # Photographs that Pillow cannot open. A camera's raw file may open all the same: as a TIFF that holds the thumbnail.
 RAW = {".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".rw2"}
 UNREADABLE = {".heic", ".heif", ".jxl"} | RAW
