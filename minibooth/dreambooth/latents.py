@@ -33,10 +33,9 @@ class Latents:
 
     def which(self, n: int) -> tuple[int, int]:
         """Sample n -> (picture, crop): every picture once before any comes again."""
-        seed, crops = self.seed, self.crops
         epoch, place = divmod(n, len(self.pictures))
-        order = torch.randperm(len(self.pictures), generator=generator(seed, self.name, "order", epoch))
-        number = int(torch.randint(crops, (), generator=generator(seed, self.name, "crop", n))) if crops else n
+        order = torch.randperm(len(self.pictures), generator=generator(self.seed, self.name, "order", epoch))
+        number = int(torch.randint(self.crops, (), generator=generator(self.seed, self.name, "crop", n))) if self.crops else n
         return int(order[place]), number
 
     def prepare(self, vae: VAE, samples: Iterable[int]) -> None:
