@@ -254,8 +254,8 @@ def test_zero_terminal_snr_has_no_nan():
     ({}, {"sampler": "ddpm", "generator": [generator(0)]}, "1 generators for a batch of 2"),
     ({}, {"steps": 0}, "0 steps"),
     ({}, {"steps": 1001}, "take 1 to 1000"),
-    ({}, {"steps": 1000}, "steps_offset=1 start past the schedule's last timestep, 999"),
-    ({"steps_offset": -1}, {}, "steps_offset=-1 .* or end before its first"),
+    ({}, {"steps": 1000}, "steps_offset=1 leave timesteps 0 to 999"),
+    ({"steps_offset": -1}, {}, "steps_offset=-1 leave timesteps 0 to 999"),
     (ZERO_SNR, {"sampler": "pndm"}, "pndm cannot start from zero terminal SNR"),
     (ZERO_SNR | {"prediction_type": "epsilon"}, {}, "at zero SNR an epsilon prediction"),
 ])  # fmt: skip

@@ -156,8 +156,7 @@ def absent(single: Path, names: Iterable[str]) -> UserError:
     """What to say of missing weights, where these files are in their place."""
     found = sorted(name for name in names if name.endswith((".safetensors", *PICKLES)))
     if found and all(name.endswith(PICKLES) for name in found):
-        pickle = f"holds only a pickle ({found[0]}), which is never opened here; convert it to safetensors"
-        return UserError(f"{single.parent} {pickle}")
+        return UserError(f"{single.parent} holds only a pickle ({found[0]}), never opened here; convert it to safetensors")
     there = ", ".join(name or "without a name" for name in sorted(variants(found, single.name.split(".")[0])))
     return UserError(f"{single} is missing{f'; the variants there are {there}: see --variant' if there else ''}")
 

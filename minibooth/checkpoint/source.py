@@ -299,8 +299,7 @@ def check(network: nn.Module, weights: Mapping[str, Tensor], name: str) -> None:
     with blaming(name):
         for key, tensor in tensors.items():
             if tensor.shape != wanted[key].shape:
-                shapes = f"{[*tensor.shape]}, where its config.json means {[*wanted[key].shape]}"
-                raise UserError(f"{name}'s {key} is {shapes}")
+                raise UserError(f"{name}'s {key} is {[*tensor.shape]}, where its config.json means {[*wanted[key].shape]}")
 
 
 def find(source: str | Path, variant: str | None = None, revision: str | None = None) -> Path:

@@ -170,8 +170,7 @@ class DDPMScheduler:
             raise UserError(f"cannot place {steps} steps on a schedule of {T} timesteps: take 1 to {T}")
         times = SPACINGS[self.timestep_spacing](T, steps, self.steps_offset, torch.arange(steps, dtype=torch.float64))
         if not 0 <= times[-1] <= times[0] <= T - 1:
-            they = f"{steps} steps with steps_offset={self.steps_offset}"
-            raise UserError(f"{they} start past the schedule's last timestep, {T - 1}, or end before its first: take others")
+            raise UserError(f"{steps} steps with steps_offset={self.steps_offset} leave timesteps 0 to {T - 1}: take others")
         return times
 
     def timesteps(self, steps: int) -> Tensor:
