@@ -290,7 +290,6 @@ class Trainer:
             self.journal.log(step=step, **self.watch.look(pictures, of_class))
         about = {"prompt": s.validation_prompt, "step": str(step), "seed": str(self.seed), "caption": self.stage.caption}
         path = self.journal.folder / "samples" / f"step-{step}.png"
-        path.parent.mkdir(exist_ok=True)
         save_png(grid(pictures, columns=len(rows[0])), path, about)
         before = path.with_name("step-0.png")
         if step == self.steps and before.exists():
