@@ -205,12 +205,8 @@ def encode(x: Tensor, values: Tensor, *eight: Tensor) -> None:
 
 def moments(optimizer: torch.optim.Optimizer, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """AdamW's state as named tensors, "unet.conv_in.weight.exp_avg" and so on."""
-    return {
-        f"{part}.{name}.{key}": value
-        for part, module in modules.items()
-        for name, parameter in module.named_parameters()
-        for key, value in optimizer.state[parameter].items()
-    }
+    named = nn.ModuleDict(modules).named_parameters()
+    return {f"{name}.{key}": value for name, p in named for key, value in optimizer.state[p].items()}
 
 
 def restore(optimizer: AdamW, modules: Mapping[str, nn.Module], saved: Mapping[str, Tensor]) -> None:
