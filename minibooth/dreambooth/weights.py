@@ -37,9 +37,8 @@ class Weights:
         self.file = folder / f"{folder.resolve().name}.safetensors"  # kohya's LoRA, or the whole pipeline as one
         self.result = self.file if settings.output_format == "single" else folder  # to draw with
         self.texts = [name for name in pipe.networks if name.startswith("text_encoder")]
-        self.trained: dict[str, nn.Module] = {
-            name: getattr(pipe, name) for name in ["unet"] + self.texts * settings.train_text_encoder
-        }
+        trained = ["unet", *self.texts] if settings.train_text_encoder else ["unet"]
+        self.trained: dict[str, nn.Module] = {name: getattr(pipe, name) for name in trained}
         self.lora = {name: self.adapters(name) for name in self.trained if settings.rank}
         if resumed and not settings.rank:
             for name, network in self.trained.items():
