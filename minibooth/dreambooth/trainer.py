@@ -348,10 +348,9 @@ class Trainer:
         memory = self.weights.bytes(self.dtype, self.ranks.count if self.ranks.sharded else 1)
         batch = " + ".join([str(s.train_batch_size)] * len(self.sets))
         batch += f" in each of {self.ranks.count} processes" * (self.ranks.count > 1)
-        trained = [f"{name}, {size / 1e6:.1f} M parameters" for name, size in self.weights.sizes().items()]
         rows = [
             ("model", f"{self.pipe.source.name}, predicts {self.pipe.scheduler.prediction_type}"),
-            ("trains", ", ".join(trained)),
+            ("trains", ", ".join(f"{name}, {size / 1e6:.1f} M parameters" for name, size in self.weights.sizes().items())),
             ("steps", f"{self.start} to {self.steps}, batch {batch}, {s.resolution} px"),
             ("rate", f"{s.learning_rate * self.scale:g}, {s.lr_scheduler}"),
             ("device", f"{self.device}, {str(self.dtype).removeprefix('torch.')}"),
