@@ -117,8 +117,7 @@ class DDPMScheduler:
         if values["trained_betas"] is not None:
             betas = torch.tensor(values["trained_betas"], dtype=torch.float32)
         else:
-            schedule = BETAS[values["beta_schedule"]]
-            betas = schedule(values["beta_start"], values["beta_end"], self.num_train_timesteps)
+            betas = BETAS[values["beta_schedule"]](values["beta_start"], values["beta_end"], self.num_train_timesteps)
         if values["rescale_betas_zero_snr"]:
             betas = _zero_terminal_snr(betas)
         self.alphas_cumprod = a = torch.cumprod(1 - betas, 0)
