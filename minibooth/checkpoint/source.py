@@ -54,22 +54,16 @@ OF_TOKENIZER = re.compile(r"tokenizer(_2)?/[\w-]+\.\w+")  # by what a file says 
 VOCABULARY = ("vocab.json", "merges.txt", "tokenizer.json", "added_tokens.json")
 CLIP = "openai/clip-vit-large-patch14"  # has the vocabulary of all these models
 
-# Names as files have them -> names as published today: a missing prefix, a buffer that became a constant, old attention.
-RENAMES = (
-    (re.compile(r"^(?=(embeddings|encoder\.layers|final_layer_norm)\.)"), "text_model."),
-    (re.compile(r"\.query\."), ".to_q."),
-    (re.compile(r"\.key\."), ".to_k."),
-    (re.compile(r"\.value\."), ".to_v."),
-    (re.compile(r"\.proj_attn\."), ".to_out.0."),
-)
-DROPPED = re.compile(r"embeddings\.position_ids$|^logit_scale$")
+# Names as files have them -> names as published today: text encoders without their prefix, attention of the first years.
+BARE = re.compile(r"^(?=(embeddings|encoder\.layers|final_layer_norm)\.)")
+ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+DROPPED = re.compile(r"embeddings\.position_ids$|^logit_scale$")  # a buffer that became a constant; of training alone
 
 
 def published_name(name: str) -> str:
     """Today's name of a tensor."""
-    for old, new in RENAMES:
-        name = old.sub(new, name)
-    return name
+    parts = BARE.sub("text_model.", name).split(".")
+    return ".".join(ATTENTION.get(part, part) for part in parts)
 
 
 class Uninitialised(TorchFunctionMode):
