@@ -66,10 +66,8 @@ class Journal:
         """Whether this is the run.json of a run with these settings that came to its end."""
         now = json.loads(json.dumps(dataclasses.asdict(self.settings)))
         free = {*FREE, *WITHOUT_EFFECT, *["seed"] * (now["seed"] is None), *["noise_levels"] * bool(now["upscaler"])}
-        told = run.get("settings") or {}
-        return bool(told and run.get("finished")) and all(
-            now.get(name) == value for name, value in told.items() if name not in free
-        )
+        told = {name: value for name, value in (run.get("settings") or {}).items() if name not in free}
+        return bool(told and run.get("finished")) and told.items() <= now.items()
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
