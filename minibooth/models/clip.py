@@ -93,18 +93,15 @@ class TextModel(nn.Module):
         self.encoder = Encoder(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        penultimate, last = self.encoder(self.embeddings(ids))
-        return penultimate, self.final_layer_norm(last)
-
-    def pooled(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The state before the last layer [B, N, D], not normalised, and the last one at the end token [B, D].
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The state before the last layer [B, N, D], not normalised; the last one [B, N, D]; that at the end token [B, D].
 
         The end token is the first eos_token_id; where that is 2, as in published files, or no number, the largest.
         """
-        penultimate, last = self(ids)
-        places = ((ids == self.end).int() if type(self.end) is int and self.end != 2 else ids).argmax(dim=1)
-        return penultimate, last[torch.arange(len(ids), device=ids.device), places]
+        penultimate, last = self.encoder(self.embeddings(ids))
+        last = self.final_layer_norm(last)
+        ends = ((ids == self.end).int() if type(self.end) is int and self.end != 2 else ids).argmax(dim=1)
+        return penultimate, last, last[torch.arange(len(ids), device=ids.device), ends]
 
 
 class CLIPText(nn.Module):
@@ -121,6 +118,6 @@ class CLIPText(nn.Module):
         return self.text_model(ids)[1]
 
     def states_and_pooled(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """`TextModel.pooled`, what is pooled [B, D or P] projected where the encoder has a projection."""
-        states, pooled = self.text_model.pooled(ids)
+        """The state before the last layer [B, N, D], and the one at the end token [B, D], projected [B, P] where XL does so."""
+        states, _, pooled = self.text_model(ids)
         return states, self.text_projection(pooled) if hasattr(self, "text_projection") else pooled

@@ -131,7 +131,7 @@ class CLIP(nn.Module):
 
     def read(self, ids: Tensor) -> Tensor:
         """Token ids [B, 77] -> [B, P]."""
-        return self.text_projection(self.text_model.pooled(ids)[1])
+        return self.text_projection(self.text_model(ids)[2])
 
 
 class LPIPS(nn.Module):
