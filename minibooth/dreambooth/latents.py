@@ -63,6 +63,5 @@ class Latents:
     @torch.no_grad()
     def encode(self, vae: VAE, pixels: Tensor) -> Posterior:
         """A crop through the VAE."""
-        weight = vae.quant_conv.weight
-        posterior = vae.encode(pixels[None].to(weight.device, weight.dtype))
+        posterior = vae.encode(pixels[None].to(vae.quant_conv.weight))
         return Posterior(*(x.float().cpu() * vae.scaling_factor for x in (posterior.mean, posterior.std)))

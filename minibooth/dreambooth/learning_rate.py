@@ -6,8 +6,7 @@ from collections.abc import Callable
 POLYNOMIAL_END = 1e-7  # the learning rate that "polynomial" ends at, as in diffusers
 
 # The factor on the learning rate at `progress` (0 to 1) from the end of warm-up to the end of training.
-Course = Callable[[float, int, float, float], float]
-SCHEDULES: dict[str, Course] = {
+SCHEDULES: dict[str, Callable[[float, int, float, float], float]] = {
     "constant": lambda progress, cycles, power, end: 1.0,
     "constant_with_warmup": lambda progress, cycles, power, end: 1.0,
     "linear": lambda progress, cycles, power, end: 1 - progress,

@@ -182,8 +182,8 @@ def start(settings: Settings, device: torch.device) -> Iterator[Ranks]:
     if device.type == "cuda":
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    nccl = device.type == "cuda" and dist.is_nccl_available()  # Windows has none
-    dist.init_process_group("nccl" if nccl else "gloo", timeout=WAIT)
+    # Windows has no NCCL
+    dist.init_process_group("nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo", timeout=WAIT)
     with contextlib.ExitStack() as quiet:
         if dist.get_rank():
             nowhere = quiet.enter_context(open(os.devnull, "w"))
