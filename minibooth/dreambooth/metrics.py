@@ -78,18 +78,17 @@ class Eyes:
             name, _, revision = str(source).partition("@")
             folder = snapshot(name, ["*.json", "*.txt", "model*.safetensors"], revision or None)
         config = files.read_json(folder / "config.json")
-        if (found := config.get("model_type")) not in ([kind] if kind else ENCODERS):
+        if (found := str(config.get("model_type"))) not in ([kind] if kind else ENCODERS):
             wanted = f"needed is {kind}" if kind else f"supported: {', '.join(ENCODERS)}"
             raise UserError(f"{source} holds a model of type {found}; {wanted} (DINO is a vit)")
-        kind = str(found)
         tensors = files.weights_of(folder, "model")
         weights = {name: tensors[name] for name in tensors if not UNUSED.search(name)}
         with blaming(source):
             self.see = preprocessor(files.read_json(folder / "preprocessor_config.json"))
-            weights = from_vit(weights) if kind == "vit" else weights
-            blank = on_meta(lambda: ENCODERS[kind](config))
+            weights = from_vit(weights) if found == "vit" else weights
+            blank = on_meta(lambda: ENCODERS[found](config))
             self.network = fill(blank, weights, f"{source}: model", torch.float32, device)
-            if kind == "clip":
+            if found == "clip":
                 small = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".json", ".txt")}
                 self.tokenizer = Tokenizer.from_files(small)
 
