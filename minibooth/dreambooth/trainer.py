@@ -288,7 +288,8 @@ class Trainer:
         pictures = [picture for row in rows for picture in row]
         if self.watch:
             self.journal.log(step=step, **self.watch.look(pictures, of_class))
-        about = {"prompt": s.validation_prompt, "step": str(step), "seed": str(self.seed), "caption": self.stage.caption}
+        about = {"prompt": s.validation_prompt, "step": str(step), "seed": str(self.seed)}
+        about |= {"caption": self.stage.caption} if self.stage.caption else {}
         path = self.journal.folder / "samples" / f"step-{step}.png"
         save_png(grid(pictures, columns=len(rows[0])), path, about)
         before = path.with_name("step-0.png")
