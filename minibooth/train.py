@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import dataclasses
 import gc
-import itertools
 import shlex
 import sys
 import typing
@@ -14,8 +13,10 @@ from pathlib import Path
 import torch
 
 from minibooth import command
+from minibooth.checkpoint import files
 from minibooth.command import WEIGHTS
 from minibooth.dreambooth import hub, parallel
+from minibooth.dreambooth.journal import words_of
 from minibooth.dreambooth.parallel import Ranks
 from minibooth.dreambooth.settings import WITHOUT_EFFECT, Settings
 from minibooth.dreambooth.trainer import Trainer
@@ -137,16 +138,20 @@ def main(argv: Sequence[str]) -> None:
     with parallel.start(settings, command.device(settings.device)) as ranks, ranks.guard(settings.output_dir):
         for later in steps[1:]:
             trainer(later, ranks)  # what would stop it is to be known now
-        (use, *_), (model, *upscaler) = zip(*(train(each, ranks) for each in steps), strict=True)
+        seed, ends = settings.seed, []
+        for each in steps:
+            ends.append(train(dataclasses.replace(each, seed=seed), ranks))
+            seed = files.read_json(Path(each.output_dir) / "run.json")["settings"]["seed"]  # drawn once, for both steps
+        (use, *_), (model, *upscaler) = zip(*ends, strict=True)
         if settings.push_to_hub and ranks.first:
             print(f"uploaded to {hub.push(settings)}")
-        words = [*itertools.chain(*zip(("--model", "--lora"), model, strict=False))]
-        how = {"guidance_scale": settings.validation_guidance_scale}  # as the grids were drawn
+        how: dict[str, typing.Any] = dict(zip(("model", "lora"), model, strict=False))
+        scales = {"guidance_scale": settings.validation_guidance_scale}  # as the grids were drawn
         for own, later in zip(upscaler, steps[1:], strict=True):
-            words += ["--upscaler", *own]
-            how |= {"upscaler_guidance_scale": later.validation_guidance_scale, "noise_level": later.noise_levels[0]}
-        words += [word for name, value in how.items() for word in (f"--{name}", f"{value:g}")]
-        words += ["--prompt", f"{settings.instance_prompt} in the snow"]
+            how["upscaler"] = tuple(own)
+            scales |= {"upscaler_guidance_scale": later.validation_guidance_scale, "noise_level": later.noise_levels[0]}
+        how |= {name: f"{scale:g}" for name, scale in scales.items()} | {"prompt": f"{settings.instance_prompt} in the snow"}
+        words = [word for name, value in how.items() for word in words_of(name, value)]
         print(f"draw with it:  python -m minibooth.{use} {shlex.join(words)}")
 
 

@@ -143,7 +143,7 @@ def weights_of(folder: Path, stem: str, variant: str | None = None) -> Tensors:
             if not (folder / shard).is_file():
                 raise UserError(f"{folder / shard} is missing, though {index.name} lists it; download it again")
         return Tensors([folder / shard for shard in shards])
-    raise absent(single, [path.name for path in folder.glob("*")])
+    raise absent(single, [path.name for path in folder.glob("*") if path.is_file()])
 
 
 def variants(names: Iterable[str], stem: str) -> set[str]:
@@ -211,7 +211,7 @@ def replacing(path: Path, merge: bool = False) -> Iterator[Path]:
     merge = merge and path.is_dir()
     parent = path if merge else path.parent  # a folder may be a mount: what moves into it must be made in it
     parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=parent))
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name[:60]}.", dir=parent))
     new = scratch / "new"
     try:
         yield new
@@ -237,7 +237,7 @@ def replacing(path: Path, merge: bool = False) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Write a file, whole or not at all."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, "utf-8", "backslashreplace")  # a path may hold what is no text
 
 
 def hash_of(tensors: Mapping[str, Tensor]) -> str:

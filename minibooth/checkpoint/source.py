@@ -308,7 +308,7 @@ def find(source: str | Path, variant: str | None = None, revision: str | None = 
         what = "a LoRA, to be used with its base model" if "pytorch_lora_weights.safetensors" in found else "no checkpoint"
         raise UserError(f"{path} is {what}: it has no model_index.json, but {', '.join(found) or 'nothing'}")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        raise UserError(f"{path} is missing")
+        raise UserError(f"{path} is missing: name a folder, a .safetensors file, or owner/name on the hub")
     return download(str(source), variant, revision)
 
 

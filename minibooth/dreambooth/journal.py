@@ -30,7 +30,16 @@ from minibooth.errors import UserError
 
 RESULTS = (INDEX, DIFFUSERS, "{}.safetensors")  # of which a finished run leaves one; {}: the folder's name
 PARTS = "unet", "vae", "text_encoder*", "tokenizer*", "scheduler", "low_res_scheduler"  # a pipeline's folders
-SAME = "rank", "lora_alpha", "lora_targets", "train_text_encoder", "use_8bit_adam", "full_bf16", "instance_prompt"
+SAME = (
+    "rank",
+    "lora_alpha",
+    "lora_targets",
+    "train_text_encoder",
+    "use_8bit_adam",
+    "full_bf16",
+    "instance_prompt",
+    "prediction_type",
+)
 NAMED = "pretrained_model_name_or_path", "instance_data_dir"  # the same by their last name, wherever they lie by now
 # What a run would overwrite.
 TAKEN = ("run.json", "metrics.jsonl", "report.html", "checkpoint-*", "samples/step-*.png", *PARTS, *RESULTS)
@@ -49,10 +58,12 @@ class Journal:
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"--output_dir {self.folder} is a file")
         asked, begun, done = settings.resume_from_checkpoint, self.has("run.json"), self.has(*RESULTS)
-        self.finished = asked == "latest" and bool(begun and done) and self.repeats(files.read_json(begun[0]))
+        run = files.read_json(begun[0]) if begun and asked else {}
+        same = self.repeats(run)
+        self.finished = asked == "latest" and bool(done and same and run.get("finished"))
         resumed, own = self.to_resume(), {path.resolve() for _, path in self.checkpoints()}
-        # it is just this run, finished; or goes on from a checkpoint of its own; or had none yet, and left no result
-        goes_on = self.finished or (resumed.resolve() in own if resumed else begun and not done)
+        # it is just this run, finished; or goes on from a checkpoint of its own; or had none yet, and left no other's result
+        goes_on = self.finished or (resumed.resolve() in own if resumed else begun and (same or not done))
         if (taken := self.has(*TAKEN)) and not (asked and goes_on):
             remedy = ", or go on with --resume_from_checkpoint latest" * bool(begun and not asked)
             raise UserError(f"{self.folder} already holds {taken[0].name}: choose another --output_dir{remedy}")
@@ -63,11 +74,11 @@ class Journal:
         return [path for pattern in named for path in sorted(self.folder.glob(pattern))]
 
     def repeats(self, run: dict[str, Any]) -> bool:
-        """Whether this is the run.json of a run with these settings that came to its end."""
+        """Whether this is the run.json of a run with these settings."""
         now = json.loads(json.dumps(dataclasses.asdict(self.settings)))
         free = {*FREE, *WITHOUT_EFFECT, *["seed"] * (now["seed"] is None), *["noise_levels"] * bool(now["upscaler"])}
         told = {name: value for name, value in (run.get("settings") or {}).items() if name not in free}
-        return bool(told and run.get("finished")) and told.items() <= now.items()
+        return bool(told) and told.items() <= now.items()
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
@@ -102,12 +113,15 @@ class Journal:
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }
         self.note(finished=False)
-        for unfinished in self.has(*(f".{name}.????????" for name in (*TAKEN, "{}"))):  # what a killed run was writing
+        scratch = "samples/.*.????????", "class/drawn-*/.*.????????"
+        for unfinished in self.has(
+            *(f".{name}.????????" for name in (*TAKEN, "{}")), *scratch
+        ):  # what a killed run was writing
             shutil.rmtree(unfinished, ignore_errors=True)
-        (self.folder / "samples" / "before-after.png").unlink(missing_ok=True)
         for number, path in grids(self.folder):
             if not step or number > step:
                 path.unlink()
+                path.with_name("before-after.png").unlink(missing_ok=True)
         kept = [json.dumps(values) + "\n" for values in metrics(self.folder) if step and values["step"] <= step]
         files.write_text(self.folder / "metrics.jsonl", "".join(kept))
 
@@ -155,7 +169,7 @@ class Journal:
         """Delete the oldest checkpoints beyond --checkpoints_total_limit; to be called once the newest is whole."""
         limit = self.settings.checkpoints_total_limit
         for _, path in self.checkpoints()[: -limit if limit else 0]:
-            shutil.rmtree(path)
+            shutil.rmtree(path.rename(path.with_name(f".{path.name}.deleting")))  # a killed run leaves no part of one
 
 
 def numbered(folder: Path, name: str) -> list[tuple[int, Path]]:

@@ -21,4 +21,4 @@ def learning_rate(name: str, peak: float, step: int, steps: int, warmup: int, cy
     if step < warmup and name != "constant":
         return peak * step / warmup
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return peak * SCHEDULES[name](progress, cycles, power, POLYNOMIAL_END / peak if peak else 0.0)
+    return peak * SCHEDULES[name](progress, cycles, power, min(1.0, POLYNOMIAL_END / peak) if peak else 0.0)

@@ -78,6 +78,7 @@ class SuperResolution(TextToImage):
     def check(self, pictures: Sequence[Path], drawn: int = 0) -> None:
         (low, high), most, side = self.settings.noise_levels, self.pipe.max_noise_level, self.settings.resolution
         refuse({
+            f"{self.pipe.source.name} is an upscaler already: leave out --upscaler": self.settings.upscaler,
             "--metrics_model is for what a text-to-image model draws: an upscaler does without": self.settings.metrics_model,
             f"--noise_levels {low} {high}: give the lowest and the highest, from 0 to {most}": not 0 <= low <= high <= most,
             f"an upscaler cannot draw class pictures: put {drawn} more into --class_data_dir, or lower --num_class_images":

@@ -198,7 +198,8 @@ class Trainer:
         """What ends a run whose numbers are no longer finite."""
         good = [path for number, path in self.journal.checkpoints() if number < step - 1]  # a finite loss came after them
         remedy = f"the last good checkpoint is {good[-1]}" if good else "no good checkpoint was written before"
-        return UserError(f"{what} at step {step}: lower --learning_rate or use bf16; {remedy}")
+        reason = "lower --learning_rate, use bf16, or take a model whose weights are whole"
+        return UserError(f"{what} at step {step}: {reason}; {remedy}")
 
     def batch(self, batch: int) -> tuple[Tensor, ...]:
         """This rank's part of the run's `batch`-th batch, on the device: B subject samples, then B class samples."""
