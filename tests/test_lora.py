@@ -93,6 +93,20 @@ def test_a_new_one_changes_no_bit(name, targets, checkpoint):
     assert torch.equal(network(*inputs(network)), before)
 
 
+@pytest.mark.parametrize("rank", [2, 8])
+def test_a_new_one_is_drawn_as_by_diffusers_script(rank, sd1):
+    """So that its learning rates carry over: train_dreambooth_lora.py asks peft for "gaussian"."""
+    peft = pytest.importorskip("peft")
+    theirs = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4000, 8)), peft.LoraConfig(
+        r=rank, target_modules=["0"], init_lora_weights="gaussian"))  # fmt: skip
+    made = lora.fresh(minibooth.load(sd1).unet, "all", rank, rank, 0.0, torch.Generator().manual_seed(0))
+    ours = torch.cat([each.down.flatten() for each in made.values()])
+    (down,) = (p for name, p in theirs.named_parameters() if "lora_A" in name)
+    for drawn in (ours, down):
+        assert abs(drawn.mean() * rank) < 0.05 and abs(drawn.std() * rank - 1) < 0.05
+        assert abs((drawn * rank).pow(4).mean() - 3) < 0.5  # as normal numbers have it
+
+
 def test_targets_are_those_of_diffusers_script_or_of_kohyas(sd1):
     unet = minibooth.load(sd1).unet
     attention, everything = (set(lora.fresh(unet, targets, 1, 1.0, 0.0, torch.Generator())) for targets in lora.TARGETS)

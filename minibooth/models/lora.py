@@ -91,12 +91,15 @@ def layers(network: nn.Module) -> dict[str, Any]:
 def fresh(
     network: nn.Module, targets: str, rank: int, alpha: float, dropout: float, generator: torch.Generator
 ) -> dict[str, Adapter]:
-    """An adapter in fp32 for each of the `targets`, up 0 and down drawn as nn.Linear's weight is: nothing changes yet."""
+    """An adapter in fp32 for each of the `targets`, up 0, so that nothing changes yet, and down normal with deviation 1 / r.
+
+    As diffusers' train_dreambooth_lora.py has it (peft's "gaussian"): its learning rates carry over with it.
+    """
     found = {}
     for path, layer in layers(network).items():
         if TARGETS[targets].fullmatch(path):
             outputs, *inputs = layer.weight.shape
-            down = nn.init.kaiming_uniform_(torch.empty(rank, *inputs), a=5**0.5, generator=generator)
+            down = torch.randn(rank, *inputs, generator=generator) / rank
             found[path] = Adapter(down, torch.zeros(outputs, rank, *[1] * (len(inputs) - 1)), alpha, dropout=dropout)
     return found
 
