@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from minibooth import command
+from minibooth import __main__, command
 from minibooth.checkpoint import files
 from minibooth.dreambooth.trainer import interrupts
 
@@ -123,9 +124,18 @@ def test_any_words_can_be_printed_in_any_locale_even_with_stderr_closed():
     assert done.returncode == 0 and done.stdout.splitlines()[7] == rb"7 \xfc \udcff"
 
 
+@pytest.mark.parametrize("name", __main__.COMMANDS)
+def test_a_command_is_a_module_that_runs(name, monkeypatch, capsys):
+    path = Path(command.__file__).with_name(f"{name}.py")
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(path), run_name="__main__")
+    assert capsys.readouterr().out.startswith(f"usage: python -m minibooth.{name} ")
+
+
 def test_ctrl_c_among_the_imports_ends_a_command_quietly(tmp_path):
     (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
     where = dict(cwd=Path(command.__file__).parents[1], env=os.environ | {"PYTHONPATH": str(tmp_path)})
     where["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
-    done = subprocess.run([sys.executable, "-m", "minibooth.train"], capture_output=True, **where)
+    done = subprocess.run([sys.executable, "-m", "minibooth.train", "--rank=4"], capture_output=True, **where)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")

@@ -131,6 +131,17 @@ def test_what_one_part_lacks_is_named_and_what_all_lack_is_not_drawn(hub, sd1, c
         minibooth.load("owner/small")
 
 
+def test_what_the_cache_lacks_is_named_where_the_hub_cannot_be_asked(hub, monkeypatch, sd1, copy_of):
+    folder = copy_of(sd1)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    hub.add("owner/small", folder)
+    with pytest.raises(UserError, match="unet"):
+        minibooth.load("owner/small")
+    offline(monkeypatch)
+    with pytest.raises(UserError, match=r"unet/diffusion_pytorch_model.safetensors is missing$"):
+        minibooth.load("owner/small")
+
+
 def test_an_answer_that_is_not_the_hubs_is_told_in_one_line(hub, sd1, monkeypatch):
     hub.add("owner/small", sd1)
     tree = next(route for route, answer in ROUTES.items() if answer == Hub.tree)

@@ -101,3 +101,12 @@ def test_the_command_lists_words_of_a_checkpoint(sd1, capsys):
         command.run(identifiers.main, ["identifiers.py", "--model", str(sd1), "--count=-5"])
     words = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert words and set(words) <= {"dog", "cat", "sks"} - {"sks"}
+
+
+def test_the_command_lists_as_many_as_are_asked_for(sd1, capsys):
+    for count in (1, 2):
+        identifiers.main(["--model", str(sd1), "--count", str(count)])
+        assert len(capsys.readouterr().out.splitlines()) == count
+    with pytest.raises(SystemExit, match="2"):
+        command.run(identifiers.main, ["identifiers.py"])
+    assert "required: --model" in capsys.readouterr().err

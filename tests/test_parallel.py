@@ -230,6 +230,16 @@ def test_ctrl_c_ends_all_with_one_checkpoint(tmp_path):
     assert len(metrics(file.parent)) == steps + 1
 
 
+def test_what_is_no_other_process_fault_keeps_its_traceback(tmp_path, monkeypatch):
+    """And where one has ended before there was a checkpoint, that is said."""
+    monkeypatch.setattr(parallel.signal, "signal", lambda number, handler: None)
+    ranks = object.__new__(parallel.Replicas)
+    with pytest.raises(RuntimeError, match="^shapes$"), ranks.guard(str(tmp_path)):
+        raise RuntimeError("shapes")
+    with pytest.raises(UserError, match=r"latest \(no checkpoint was written yet\); gloo"), ranks.guard(str(tmp_path)):
+        raise RuntimeError("gloo: connection closed by peer")
+
+
 # ---- refused
 
 
@@ -260,6 +270,28 @@ def test_alone_a_gpu_that_is_named_is_made_the_current_one(name, monkeypatch):
     with parallel.start(Settings(), torch.device(name)) as ranks:
         assert ranks.device == torch.device(name)
     assert chosen == [torch.device(name)] * (name == "cuda:1")
+
+
+@pytest.mark.parametrize("gpus, nccl, backend", [(2, True, "nccl"), (2, False, "gloo"), (1, True, None)])
+def test_each_of_many_takes_the_gpu_of_its_number(gpus, nccl, backend, monkeypatch):
+    for name, value in {"WORLD_SIZE": 2, "RANK": 1, "LOCAL_RANK": 1, "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    begun, chosen = [], []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    group = {"is_nccl_available": lambda: nccl, "init_process_group": lambda backend, timeout: begun.append(backend)}
+    group |= {"get_rank": lambda: 0, "get_world_size": lambda: 2, "destroy_process_group": begun.clear}
+    for name, function in group.items():
+        monkeypatch.setattr(parallel.dist, name, function)
+    if not backend:
+        with pytest.raises(UserError, match="process 1 has no GPU: --nproc-per-node 1 is the most"):
+            parallel.start(Settings(), torch.device("cuda")).__enter__()
+        return
+    with parallel.start(Settings(), torch.device("cuda")) as ranks:
+        assert ranks.device == torch.device("cuda", 1) and chosen == [ranks.device] and begun == [backend]
+    assert not begun
+    with pytest.raises(UserError, match="mps is one device: add --device cpu"):
+        parallel.start(Settings(), torch.device("mps")).__enter__()
 
 
 @pytest.mark.parametrize("value", ["2", "two"])

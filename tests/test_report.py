@@ -163,6 +163,25 @@ def test_pictures_that_are_gone_are_left_out(tmp_path):
         report.write(tmp_path)
 
 
+def test_a_last_grid_that_is_no_picture_has_no_caption(tmp_path):
+    run(tmp_path, steps(5), [0, 5], validation_prompt="a sks dog")
+    output = tmp_path / "output"
+    (output / "samples" / "step-5.png").write_bytes(b"no picture")
+    report.write(output)
+    page = Page(output / "report.html")
+    assert page.grids() == [0] and [text for _, text in page.all("li")] == ["a sks dog"]
+
+
+def test_an_axis_has_a_few_round_numbers():
+    """1, 2 or 5, and zeros, from one to the next; all that fit."""
+    for low, high in [(0.0, 10 ** (i / 7)) for i in range(-40, 40)] + [(-3e-6, 7e-6), (100.0, 2400.0), (0.31, 0.32)]:
+        found = report.ticks(low, high)
+        step = found[1] - found[0]
+        assert 2 <= len(found) <= 8 and f"{step:.3e}".split("e")[0] in ("1.000", "2.000", "5.000")
+        assert found == pytest.approx([step * round(x / step) for x in found])
+        assert low <= found[0] < low + step * 1.001 and high - step * 1.001 < found[-1] <= high
+
+
 def test_a_run_that_has_not_begun_has_a_page(tmp_path):
     assert not run(tmp_path, []).curves()
 

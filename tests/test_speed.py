@@ -10,8 +10,10 @@ from comparing import error, normals
 from small_run import small, tiny, trainer
 from torch import nn
 
+import minibooth
 from minibooth import generate
 from minibooth.dreambooth import speed
+from minibooth.dreambooth.settings import Settings
 from minibooth.models import lora
 from minibooth.models.blocks import Attention
 
@@ -199,6 +201,22 @@ def test_layers_change_only_where_that_was_seen_to_pay(monkeypatch):
         layers = nn.ModuleList([nn.Conv2d(1, 1, 1), nn.Linear(1, 1), nn.GroupNorm(1, 1)])
         speed.suit(layers, torch.device(device), getattr(torch, dtype))
         assert [type(layer).__module__ == speed.__name__ for layer in layers] == changed
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("choice", ["on", "auto", "off"])
+def test_class_pictures_are_drawn_as_the_device_and_the_flag_have_it(choice, device, monkeypatch):
+    """Compiled where that is asked for; by a GPU with channels last and, unless that is refused, as one graph."""
+    compiled, pipe = [], minibooth.load(tiny())
+    forward = pipe.unet.forward
+    monkeypatch.setattr(speed, "compiler", lambda kind: True)
+    monkeypatch.setattr(speed, "compile_layers", compiled.append)
+    monkeypatch.setattr(speed, "Graph", lambda function: ("graph", function))
+    speed.draw_faster(pipe, Settings(compile=choice), torch.device(device))
+    assert compiled == [pipe.unet] * (choice == "on")
+    assert pipe.unet.forward == (("graph", forward) if device == "cuda" and choice != "off" else forward)
+    for layer in (pipe.unet.conv_in, pipe.vae.decoder.conv_in):
+        assert layer.weight.is_contiguous(memory_format=torch.channels_last) == (device == "cuda")
 
 
 def test_all_networks_that_train_or_draw_are_suited(tmp_path, monkeypatch):

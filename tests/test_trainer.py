@@ -243,6 +243,14 @@ def test_a_file_system_without_locks_stops_no_run(tmp_path, monkeypatch):
         pass
 
 
+def test_a_system_without_locks_stops_no_run(tmp_path, monkeypatch):
+    journal = trainer(small(tmp_path)).journal
+    monkeypatch.setattr(os, "name", "nt")
+    with journal.claimed(), journal.claimed():
+        assert journal.folder.is_dir()
+    monkeypatch.undo()
+
+
 def test_processes_that_see_different_folders_are_refused(tmp_path):
     """As where one finds a checkpoint that the first does not."""
     ranks = Ranks(torch.device("cpu"))
