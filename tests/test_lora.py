@@ -158,6 +158,8 @@ def test_dropout_is_for_training_alone():
     x = torch.randn(1, 64)
     assert torch.equal(network.eval()(x), network(x))
     assert not torch.equal(network.train()(x), network(x))
+    network[0].adapters[0] = lora.Adapter(torch.randn(2, 64), torch.randn(8, 2), 2.0)  # which says nothing of it
+    assert torch.equal(network.train()(x), network.eval()(x))
 
 
 # ---- files

@@ -290,6 +290,18 @@ def test_random_bits_are_even_and_depend_on_key_and_place():
         assert all(len(c) == 256 and ((c - 4096.0) ** 2 / 4096).sum() < 400 for c in counts)  # chi square, 255 degrees
 
 
+def test_random_bits_are_those_of_triple32():
+    """In whole numbers of Python, up to the last multiplication."""
+
+    def hashed(x: int) -> int:
+        for shift, factor in ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB)):
+            x = (x ^ x >> shift) * factor % 2**32
+        return x >> 16
+
+    for key in (0, 123456789, -7):
+        assert random_bits(torch.empty(4, 25), key).flatten().tolist() == [hashed((key + i) % 2**32) for i in range(100)]
+
+
 def test_rounding_depends_on_the_seed():
     assert not same_bits(walked("bf16", seed=1), walked("bf16", seed=2))
     assert same_bits(walked("8 bits", seed=1), walked("8 bits", seed=2))

@@ -295,7 +295,7 @@ def test_a_checkpoint_that_lacks_something_is_refused(rank, file, tmp_path):
 def test_a_run_goes_on_in_the_kind_of_numbers_it_began_in(name, begun, tmp_path):
     changes = {"mixed_precision": "bf16", "checkpointing_steps": 1, "max_train_steps": 1}
     train(small(tmp_path, **changes | {name: begun}))
-    with pytest.raises(UserError, match=f"checkpoint-1 was trained with{'' if begun else 'out'} --{name}"):
+    with pytest.raises(UserError, match=f"checkpoint-1 was trained with{'' if begun else 'out'} --{name}: go on"):
         trainer(small(tmp_path, resume_from_checkpoint="latest", **changes | {name: not begun}))
 
 
@@ -474,6 +474,8 @@ def test_validation_changes_nothing_but_draws(tmp_path):
     assert samples.keys() == {f"step-{step}.png" for step in (0, 2, 4, 5)} | {"before-after.png"}
     assert {image.size for name, image in samples.items() if "step" in name} == {(3 * 64 + 2 * 4, 64)}
     assert samples["before-after.png"].size == (2 * 200 + 4, 64)
+    for left, name in ((0, "step-0.png"), (204, "step-5.png")):
+        assert samples["before-after.png"].crop((left, 0, left + 200, 64)).tobytes() == samples[name].tobytes()
     assert samples["step-4.png"].text == {"prompt": "a sks dog on the moon", "step": "4", "seed": "7"}
     assert samples["step-0.png"].tobytes() != samples["step-5.png"].tobytes()
 
