@@ -27,7 +27,7 @@ from minibooth.dreambooth.data import find_pictures, open_picture
 from minibooth.dreambooth.identifier import named
 from minibooth.dreambooth.metrics import PUBLISHED, Eyes, agreement, ceiling, diversity, likeness, open_lpips
 from minibooth.dreambooth.prior import DRAWING, Drawings, draw, origin
-from minibooth.errors import UserError
+from minibooth.errors import UserError, blaming
 from minibooth.train import EMBEDDED
 
 COLUMNS = ("DINO", "CLIP-I", "CLIP-T", "PRES", "DIV")
@@ -171,9 +171,10 @@ def main(argv: Sequence[str]) -> None:
     how |= origin(pipe.source, {name: network.state_dict() for name, network in pipe.networks.items()}, pipe.dtype)
     folder = flags.output_dir / flags.subject
     own = folder / "results.json"
-    earlier = files.read_json(own).get("settings", {}) if own.exists() else {}
-    if (there := earlier.get("images")) and Path(there).resolve() != Path(flags.images).resolve():
-        raise UserError(f"{own} has the figures of {there}: give {flags.images} another name with --subject")
+    with blaming(own):
+        there = files.read_json(own)["settings"]["images"] if own.exists() else flags.images
+        if Path(there).resolve() != Path(flags.images).resolve():
+            raise UserError(f"{own} has the figures of {there}: give {flags.images} another name with --subject")
     drawn = [Drawings(folder, {"prompt": text} | how, flags.num_images, flags.seed) for text in texts]
     of_class = Drawings(folder, {"prompt": f"a {flags.class_noun}"} | how, flags.num_class_images, flags.seed)
     draw([*drawn, of_class], pipe, flags.batch_size, flags.subject)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import minibooth
 from minibooth import command, drawing, evaluate
 from minibooth.diffusion.text_to_image import StableDiffusion
 from minibooth.dreambooth.metrics import Eyes, likeness
+from minibooth.errors import UserError
 
 # As prompts_and_classes.txt is published, with prompts of our own.
 PUBLISHED = """Classes
@@ -459,6 +461,24 @@ def test_damaged_results_of_another_subject_are_left_out(kit, tmp_path, capsys, 
     assert lines[0].startswith(f"{tmp_path / 'another' / 'results.json'} is left out")
     assert lines[2].split()[-5:-1] == [f"{figures[name]:.3f}" for name in evaluate.COLUMNS[:-1]]
     assert lines[3].startswith("real pictures") and (tmp_path / "another" / "results.json").read_text() == damaged
+
+
+@pytest.mark.parametrize("damaged", ["[", '{"settings": null}', '{"settings": {"images": 5}}'])
+def test_damaged_results_of_the_subject_itself_are_a_mistake(kit, tmp_path, capsys, damaged):
+    (tmp_path / "spot").mkdir()
+    (tmp_path / "spot" / "results.json").write_text(damaged)
+    words = ["--model", tiny(), *kit.subject, *kit.encoders, *kit.few, "--output_dir", tmp_path]
+    assert f"{tmp_path / 'spot' / 'results.json'}" in failure(words, capsys)
+    assert (tmp_path / "spot" / "results.json").read_text() == damaged
+
+
+@pytest.mark.parametrize("changes", [{"image_mean": None}, {"image_std": [0, 0, 0]}, {"rescale_factor": "x"}])
+def test_an_encoder_that_sees_nothing_is_refused(kit, tmp_path, changes):
+    folder = shutil.copytree(kit.clip, tmp_path / "clip")
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError, match=f"{folder}"):
+        Eyes(folder)
 
 
 # ---- mistakes

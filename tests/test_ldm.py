@@ -675,6 +675,16 @@ REFUSED = {
     "one tensor": ("sd1", without(f"{UNET}middle_block.0.emb_layers.1.bias"), "lacks mid_block.resnets.0.time_emb_proj.bias"),
     "no level": ("sd1", without(f"{VAE}encoder.down.1.block.0.conv1"), "KeyError: 'encoder.down.1.block.0.conv1.weight"),
     "a tensor more": ("sd1", lambda x: x | {f"{UNET}input_hint.0.weight": torch.zeros(1)}, "unexpected .*input_hint"),
+    "a tensor twice": (
+        "sd1",
+        lambda x: x | {name.replace("text_model.", ""): 2 * y for name, y in x.items() if ".text_model.final" in name},
+        "has .*final_layer_norm.bias under a second name, too",
+    ),
+    "scaled to 8 bits": (
+        "sd1",
+        lambda x: x | {"cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.scale_weight": torch.ones(())},
+        "unexpected .*scale_weight",
+    ),
     "another shape": ("sd1", shaped(TO_K, 16, 5), r"to_k.weight is \[16, 5\]"),
     "a number": ("sd1", shaped(f"{UNET}input_blocks.0.0.weight"), "IndexError"),
     "a row": ("sd1", shaped(f"{UNET}input_blocks.0.0.weight", 16), "IndexError"),
@@ -707,7 +717,7 @@ def test_other_files_are_refused_by_name(tmp_path):
     assert "pickle, which is never opened" in refusal(tmp_path / "x.ckpt")
     assert "not a whole safetensors file" in refusal(tmp_path / "x.safetensors")
     assert "is a file of unknown kind" in refusal(tmp_path / "x.zip")
-    assert refusal(tmp_path / "never.safetensors") == f"{tmp_path / 'never.safetensors'} is missing"
+    assert refusal(tmp_path / "never.safetensors").startswith(f"{tmp_path / 'never.safetensors'} is missing: name a folder")
 
 
 def test_a_dtype_that_torch_lacks_is_refused_by_name(tmp_path):

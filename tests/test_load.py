@@ -239,6 +239,11 @@ def nine_channels(folder):
     rewrite(folder, lambda x: x | {"conv_in.weight": torch.zeros(16, 9, 3, 3)}, ["unet"])
 
 
+def with_more(name, change):
+    return lambda folder: rewrite(folder, lambda tensors: tensors | change(tensors), [name])
+
+
+CONV = "down_blocks.0.resnets.0.conv1.weight"
 BROKEN = {
     "stable diffusion 3": (
         saying("model_index.json", _class_name="StableDiffusion3Pipeline"),
@@ -267,6 +272,16 @@ BROKEN = {
     "text": (saying("unet/config.json", layers_per_block="two"), "unet/config.json"),
     "prediction": (saying("scheduler/scheduler_config.json", prediction_type="sample"), "prediction_type='sample'"),
     "old prediction": (saying("scheduler/scheduler_config.json", predict_epsilon=False), "predict_epsilon=False"),
+    "quantised": (with_more("unet", lambda x: {CONV: (9 * x[CONV]).to(torch.int8)}), f"unet's {CONV} is torch.int8, quantised"),
+    "twice": (
+        with_more("text_encoder", lambda x: {"embeddings.token_embedding.weight": 2 * next(iter(x.values()))}),
+        "text_encoder: text_model.embeddings.token_embedding.weight is there twice, also as .*: remove the wrong one",
+    ),
+    "link to nowhere": (
+        lambda folder: (weights(folder, "unet").unlink(), weights(folder, "unet").symlink_to("gone")),
+        "safetensors is missing$",
+    ),
+    "dropout": (saying("text_encoder/config.json", attention_dropout=0.1), "attention_dropout=0.1"),
     "times": (saying("scheduler/scheduler_config.json", timestep_type="continuous"), "timestep_type='continuous'"),
 }
 
@@ -276,6 +291,17 @@ def test_what_does_not_fit_is_refused_by_name(sd1, copy_of, change, reason):
     folder = copy_of(sd1)
     change(folder)
     assert re.search(reason, refusal(folder))
+
+
+def test_a_text_encoder_of_another_model_is_refused(sd1, sd2, sdxl, copy_of):
+    folder = copy_of(sd1)
+    shutil.rmtree(folder / "text_encoder")
+    shutil.copytree(sd2 / "text_encoder", folder / "text_encoder")
+    assert "attends to states of 24 numbers, its text encoders give [32]" in refusal(folder)
+    xl = copy_of(sdxl, "xl")
+    for sizes in (None, 3, 10**7):
+        edit(xl / "unet" / "config.json", addition_time_embed_dim=sizes)
+        assert re.search(r"text_encoder_2 and sizes give \d+ \+ \d+ numbers, the UNet takes \d+", refusal(xl))
 
 
 ODD = (None, "x", -1, [1], {}, True, float("inf"))  # Infinity is JSON to Python

@@ -379,6 +379,13 @@ def test_what_is_no_lora_is_refused_in_one_line(name, sd1, tmp_path, capsys):
     assert said in error(convert, [sd1, tmp_path / "merged", "--lora", kohya], capsys)
 
 
+def test_two_in_one_file_are_refused(sd1, tmp_path):
+    both = [load_file(path) for path in lora_of(sd1, tmp_path, texts=False)]
+    save_file(both[0] | both[1], tmp_path / "both.safetensors")
+    with pytest.raises(UserError, match=r"both.safetensors holds two LoRAs of unet\..*: take them apart"):
+        minibooth.load(sd1).load_lora(tmp_path / "both.safetensors")
+
+
 def test_a_pickle_and_a_folder_without_a_lora_are_refused(sd1, tmp_path):
     (tmp_path / "lora.pt").write_bytes(b"")
     with pytest.raises(UserError, match="lora.pt is a pickle"):

@@ -101,6 +101,12 @@ def test_halves_of_unequal_size_are_refused(scheduler):
         dreambooth_loss(prediction, target, t, scheduler, prior_loss_weight=1.0)
 
 
+def test_a_target_of_another_shape_is_refused(scheduler):
+    prediction, target, t = batch()
+    with pytest.raises(ValueError, match="its target"):
+        dreambooth_loss(prediction, target[:1], t, scheduler)
+
+
 def test_the_error_is_taken_in_fp32():
     scheduler = DDPMScheduler.from_config(SCHEDULER)
     prediction, target, t = batch()

@@ -122,6 +122,12 @@ def test_pndm_ends_at_the_first_alpha_unless_the_file_says_otherwise():
     assert parity("pndm", settings, 10) < 1e-5
 
 
+def test_ddim_ends_at_one_unless_the_file_says_otherwise():
+    """Whichever class wrote it, as diffusers' of that name does."""
+    settings = {key: value for key, value in config().items() if key != "set_alpha_to_one"} | {"_class_name": "PNDMScheduler"}
+    assert parity("ddim", settings, 10) < 1e-5
+
+
 @pytest.mark.parametrize("eta", [0.3, 1.0])
 def test_ddim_with_eta_is_diffusers(eta):
     assert parity("ddim", config(), 20, eta=eta) < 1e-5

@@ -1,5 +1,7 @@
 """Super-resolution trains by LatentUpscaleDiffusion's recipe on the pictures' own detail, in the same loop as text-to-image."""
 
+import json
+
 import diffusers
 import numpy as np
 import pytest
@@ -123,7 +125,8 @@ def test_grids_show_low_drawn_and_truth_before_and_after(settings, x4, tmp_path)
 
 
 def test_both_steps_in_one_command(x4, tmp_path, capsys):
-    first = small(tmp_path, resolution=40, max_train_steps=2, upscaler=str(x4), validation_prompt="a photo of sks dog | a dog")
+    changes = dict(upscaler=str(x4), validation_prompt="a photo of sks dog | a dog", seed=None)
+    first = small(tmp_path, resolution=40, max_train_steps=2, **changes)
     words = [f"--{name}={value}" for name, value in vars(first).items() if value not in (None, False, "", (0, 0))]
     assert run(["--device=cpu", *words]) == 0
     assert f"--upscaler {tmp_path / 'output' / 'upscaler'}" in capsys.readouterr().out
@@ -135,6 +138,8 @@ def test_both_steps_in_one_command(x4, tmp_path, capsys):
         assert not same_bits(only(weights(folder), "unet"), only(weights(before), "unet"))
         assert same_bits(only(weights(folder), "vae"), only(weights(before), "vae"))
         assert (folder / "samples" / "before-after.png").is_file()
+    seeds = {json.loads((place / "run.json").read_text())["settings"]["seed"] for place in (folder, folder.parent)}
+    assert len(seeds) == 1 and None not in seeds  # the command in run.json repeats both
 
 
 @pytest.mark.parametrize(
@@ -142,6 +147,7 @@ def test_both_steps_in_one_command(x4, tmp_path, capsys):
     [
         (dict(resolution=48), r"0\.png has 48 x 40 pixels.*48 x 48.*--resolution"),
         (dict(noise_levels=(7, 3)), "--noise_levels 7 3"),
+        (dict(upscaler="x4"), "is an upscaler already: leave out --upscaler"),
         (dict(noise_levels=(0, 351)), "from 0 to 350"),
         (dict(with_prior_preservation=True, class_prompt="a dog", num_class_images=3), "put 3 more into --class_data_dir"),
     ],

@@ -127,7 +127,7 @@ def test_the_size_is_the_models_own_unless_it_is_given(sd1, sd2, pipe, copy_of):
     assert minibooth.load(wide).generate("a dog", steps=1)[0].size == (48, 32)
 
 
-@pytest.mark.parametrize("size", [{"height": 60}, {"width": 4}, {"width": -8}, {"height": 64.5}])
+@pytest.mark.parametrize("size", [{"height": 60}, {"width": 4}, {"height": 0}, {"width": -8}, {"height": 64.5}])
 def test_a_size_that_cannot_be_drawn_is_refused(pipe, size):
     with pytest.raises(UserError, match="divisible by 8"):
         pipe.generate("a dog", steps=1, **size)

@@ -1,5 +1,6 @@
 """A run repeats itself bit for bit, however often it is stopped, watched or cut into smaller batches."""
 
+import dataclasses
 import errno
 import fcntl
 import functools
@@ -229,6 +230,18 @@ def test_a_finished_run_without_a_checkpoint_is_not_done_again(tmp_path, capsys)
         assert "already holds run.json: choose another --output_dir" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("form", ["folder", "single"])
+def test_a_run_that_died_between_its_result_and_its_last_word_can_go_on(form, tmp_path, capsys):
+    """With the same settings; with others, that result would be lost."""
+    words = [*flags(small(tmp_path, output_format=form)), "--resume_from_checkpoint=latest"]
+    assert run(words) == 0
+    whole, path = weights(tmp_path / "output") if form == "folder" else None, tmp_path / "output" / "run.json"
+    path.write_text(path.read_text().replace('"finished": true', '"finished": false'))
+    assert run([*words, "--learning_rate=0.5"]) == 2
+    assert run(words) == 0
+    assert json.loads(path.read_text())["finished"] and (not whole or same_bits(weights(tmp_path / "output"), whole))
+
+
 def test_a_folder_has_one_run_at_a_time(tmp_path):
     with trainer(small(tmp_path)).journal.claimed(), pytest.raises(UserError, match="another run is going on in"):
         trainer(small(tmp_path)).journal.claimed().__enter__()
@@ -415,13 +428,37 @@ def test_checkpoints_are_ordered_by_number(tmp_path):
     assert checkpoints(output) == ["checkpoint-10", "checkpoint-11"]
 
 
-@pytest.mark.parametrize("name", ["checkpoint-2", "output", "output.safetensors", "run.json"])
+@pytest.mark.parametrize(
+    "name", ["checkpoint-2", "output", "output.safetensors", "run.json", "samples/step-2.png", "class/drawn-1a/00001.png"]
+)
 def test_what_a_killed_run_left_half_written_is_cleared_away(name, tmp_path):
-    half = tmp_path / "output" / f".{name}.x1y2z3_w" / "new"
+    place = tmp_path / "output" / name
+    half = place.with_name(f".{place.name}.x1y2z3_w") / "new"
     half.mkdir(parents=True)
     (half / "optimizer.safetensors").write_bytes(b"half")
     output = train(small(tmp_path, max_train_steps=1, resume_from_checkpoint="latest"))
-    assert not [*output.glob(".*")]
+    assert not [*output.rglob(".*")]
+
+
+def test_a_resumed_run_that_had_drawn_its_last_grid_keeps_it(tmp_path):
+    """It was killed after its last checkpoint, before its result."""
+    settings = small(tmp_path, checkpointing_steps=5, validation_prompt="a sks dog", num_validation_images=1)
+    output = train(settings)
+    drawn = {path: path.read_bytes() for path in (output / "samples").iterdir()}
+    (output / "model_index.json").unlink()
+    settings.resume_from_checkpoint = "latest"
+    assert {path: path.read_bytes() for path in (train(settings) / "samples").iterdir()} == drawn and len(drawn) == 3
+
+
+def test_no_part_of_a_checkpoint_stays_where_its_deletion_is_cut_off(tmp_path, monkeypatch):
+    settings = small(tmp_path, checkpointing_steps=1, checkpoints_total_limit=1, max_train_steps=2)
+    with monkeypatch.context() as patch:
+        own = shutil.rmtree
+        patch.setattr(shutil, "rmtree", lambda path, **how: own(path, **how) if how else None)  # prune's has no options
+        output = train(settings)
+    assert checkpoints(output) == [".checkpoint-1.deleting", "checkpoint-2"]
+    trainer(dataclasses.replace(settings, resume_from_checkpoint="latest", max_train_steps=3)).journal.open(2)
+    assert checkpoints(output) == ["checkpoint-2"]
 
 
 @pytest.mark.parametrize("step, kept", [(0, []), (2, ["mine", "step-0", "step-2"])])

@@ -110,9 +110,14 @@ class View(Mapping[str, Tensor]):
         return View(meta(self._tensors), self._recipes)
 
 
-def renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> View:
-    """Tensors under other names: {name here: name there}."""
-    return View(tensors, {name: operator.itemgetter(there) for name, there in names.items()})
+def renamed(tensors: Mapping[str, Tensor], names: Iterable[tuple[str, str]]) -> View:
+    """Tensors under other names: (name here, name there). Raises UserError where two have the same here."""
+    recipes: dict[str, Recipe] = {}
+    for name, there in names:
+        if name in recipes:
+            raise UserError(f"{name} is there twice, also as {there}: remove the wrong one")
+        recipes[name] = operator.itemgetter(there)
+    return View(tensors, recipes)
 
 
 def meta(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

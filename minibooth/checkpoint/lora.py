@@ -82,7 +82,9 @@ def read(path: str | Path, source: Source, weight: float = 1.0) -> Adapters:
             if [*tensor.shape] != [n if own == "rank" else own for own, n in itertools.zip_longest(needed, tensor.shape)]:
                 shape = f"{part}.{layer} of this model needs [{', '.join(map(str, needed))}]"
                 raise UserError(f"{path} is a LoRA for another base: its {key} is {[*tensor.shape]}, but {shape}")
-            found.setdefault((part, layer), {})[end] = tensor
+            if end in found.setdefault((part, layer), {}):
+                raise UserError(f"{path} holds two LoRAs of {part}.{layer}: take them apart")
+            found[part, layer][end] = tensor
         if not found:
             raise UserError(f"{path} is empty")
         adapters: Adapters = {}

@@ -127,8 +127,9 @@ class Source:
         having = [name for name in KINDS[self.kind] if variant in variants(folder, name)]
         for name in KINDS[self.kind]:  # where one has the variant, others may lack it
             tensors = files.weights_of(folder / name, COMPONENTS[name].stem, variant if name in having or not having else None)
-            names = {published_name(key): key for key in tensors if not DROPPED.search(key)}
-            self.weights[name] = files.renamed(tensors, names)
+            names = [(published_name(key), key) for key in tensors if not DROPPED.search(key)]
+            with blaming(folder / name):
+                self.weights[name] = files.renamed(tensors, names)
         return self
 
     @classmethod
@@ -148,9 +149,9 @@ class Source:
         self.weights = {name: ldm.read(where, tensors) for name, where in places.items()}
         used = {each.name for where in places.values() for each in where.values()}
         rest = [name for name in tensors if name not in used]
-        if unknown := [name for name in rest if name.startswith(ldm.UNET)]:
+        if unknown := [name for name in rest if name.startswith(ldm.UNET) or "scale_weight" in name]:
             raise UserError(f"{path} has unexpected {unknown[0]} and {len(unknown) - 1} more; supported: {ldm.SUPPORTED}")
-        self.rest = files.renamed(tensors, {name: name for name in rest})
+        self.rest = files.renamed(tensors, zip(rest, rest, strict=True))
         if not known:
             self.small |= ldm.describe(path, shapes, self.measure(), own)
         return self
@@ -255,7 +256,8 @@ class Source:
     def _save_file(self, path: Path, states: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype | None) -> None:
         places, schedule = {name: self.places(name) for name in states}, self.json(SCHEDULE)
         marks = ldm.marks(schedule) if self.kind == "StableDiffusionXLPipeline" else {}
-        rest = files.renamed(self.rest, {name: name for name in self.rest if name not in ldm.MARKS or name in marks}), marks
+        kept = [name for name in self.rest if name not in ldm.MARKS or name in marks]
+        rest = files.renamed(self.rest, zip(kept, kept, strict=True)), marks
 
         def whole(parts: Mapping[str, Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
             return ChainMap(*(ldm.write(places[name], part) for name, part in parts.items()), *rest)  # type: ignore[arg-type]
@@ -292,6 +294,8 @@ def check(network: nn.Module, weights: Mapping[str, Tensor], name: str) -> None:
             raise UserError(f"{name} {kind} {min(keys)} and {len(keys) - 1} more; is it of another kind?")
     with blaming(name):
         for key, tensor in tensors.items():
+            if not tensor.is_floating_point():
+                raise UserError(f"{name}'s {key} is {tensor.dtype}, quantised: take the original")
             if tensor.shape != wanted[key].shape:
                 raise UserError(f"{name}'s {key} is {[*tensor.shape]}, where its config.json means {[*wanted[key].shape]}")
 

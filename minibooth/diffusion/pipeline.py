@@ -53,6 +53,10 @@ class Pipeline:
         if channels != self.channels + self.beside:
             kind = "an inpainting model" if channels == 9 else f"not {self.kind}"
             raise UserError(f"{source.name} is {kind}: its UNet takes {channels} channels")
+        texts: list[Any] = [network for name, network in self.networks.items() if name.startswith("text_encoder")]
+        wide, known = self.unet.config.cross_attention_dim, [text.config.hidden_size for text in texts]
+        if sum(known) != wide:
+            raise UserError(f"{source.name}: its UNet attends to states of {wide} numbers, its text encoders give {known}")
         with blaming(f"{source.name}/{SCHEDULE}"):
             self.scheduler = DDPMScheduler.from_config(source.json(SCHEDULE) | self.schedule)
         self.tokenizer = source.tokenizer()

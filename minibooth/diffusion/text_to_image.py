@@ -72,7 +72,7 @@ class StableDiffusion(Pipeline):
         """h and w of a picture's latent; the model's own for None. Raises UserError for sides not divisible by 8."""
         own = self.unet.config.sample_size
         sides = own if isinstance(own, tuple) else (own, own)
-        H, W = (given or side * self.factor for given, side in zip((height, width), sides, strict=True))
+        H, W = (side * self.factor if given is None else given for given, side in zip((height, width), sides, strict=True))
         if H % 8 or W % 8 or min(H, W) <= 0:
             raise UserError(f"a picture of {W} x {H} pixels cannot be drawn: both sides must be divisible by 8")
         return H // self.factor, W // self.factor
@@ -88,6 +88,12 @@ class StableDiffusionXL(StableDiffusion):
     def __init__(self, source: Source, dtype: torch.dtype, device: torch.device | str):
         super().__init__(source, dtype, device)
         self.tokenizer_2 = source.tokenizer("tokenizer_2")
+        pooled = getattr(self.text_encoder_2, "text_projection", self.text_encoder_2.text_model.final_layer_norm).weight.shape[
+            0
+        ]
+        sizes, whole = 6 * self.unet.config.addition_time_embed_dim, self.unet.config.projection_class_embeddings_input_dim
+        if pooled + sizes != whole:
+            raise UserError(f"{source.name}: text_encoder_2 and sizes give {pooled} + {sizes} numbers, the UNet takes {whole}")
 
     def tokens(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
         """What `encode` takes: both tokenizers' ids [B, N], and the sizes of a whole picture [B, 6]."""

@@ -43,7 +43,7 @@ def named(instance_prompt: str, class_prompt: str) -> tuple[str, str]:
 
     The identifier is what only the instance prompt has; the words behind it that the class prompt has, too, are the noun.
     """
-    words, of_class = (re.split(r"[,.;:!?]", prompt)[0].split() for prompt in (instance_prompt, class_prompt))
+    words, of_class = (re.split(r"[,.;:!?]", prompt)[0].split()[:77] for prompt in (instance_prompt, class_prompt))
     low, low_class = ([word.lower() for word in each] for each in (words, of_class))
     for place in range(1, len(low)):
         own = [*itertools.takewhile(lambda n: low[n] not in {*low_class, *BEFORE, *BEHIND}, range(place - 1, -1, -1))]

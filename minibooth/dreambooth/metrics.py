@@ -91,6 +91,8 @@ class Eyes:
             if found == "clip":
                 small = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".json", ".txt")}
                 self.tokenizer = Tokenizer.from_files(small)
+            if not self.images([Image.new("RGB", (8, 8))]).isfinite().all():
+                raise UserError("what it says of a black picture is not finite: download it again")
 
     @torch.no_grad()
     def images(self, pictures: Sequence[Image.Image]) -> Tensor:

@@ -28,8 +28,10 @@ def dreambooth_loss(
 
     prediction, target: [B, C, h, w] at timesteps [B]. One squared error per sample, weighted for its own timestep where
     `snr_gamma` is given; only then split into halves, each its own mean. Without `prior_loss_weight` all of the batch is
-    the subject and prior is 0. Raises ValueError for halves of unequal size.
+    the subject and prior is 0. Raises ValueError for another shape of the target, and for halves of unequal size.
     """
+    if prediction.shape != target.shape:
+        raise ValueError(f"the prediction is {[*prediction.shape]}, its target {[*target.shape]}")
     errors = (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
     if snr_gamma is not None:
         errors = errors * min_snr_weight(timesteps, scheduler, snr_gamma)

@@ -8,7 +8,7 @@ Shapes: r rank, I and O a layer's inputs and outputs (features or channels), k x
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -49,10 +49,7 @@ class LoRA(nn.Module):
 
     weight: Tensor
     adapters: Iterable[Any]
-
-    def low_rank(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        """x through down, then up."""
-        raise NotImplementedError
+    low_rank: Callable[[Tensor, Tensor, Tensor], Tensor]  # x through down, then up
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)

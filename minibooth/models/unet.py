@@ -87,8 +87,7 @@ class UNet(nn.Module):
         time = self.time_embedding(ops.timestep_embedding(t, self.conv_in.out_channels).to(x.dtype))
         if hasattr(self, "add_embedding"):
             pooled, sizes = added
-            width = (self.add_embedding.linear_1.in_features - pooled.shape[1]) // sizes.shape[1]
-            angles = ops.timestep_embedding(sizes.flatten(), width).reshape(len(x), -1)
+            angles = ops.timestep_embedding(sizes.flatten(), self.config.addition_time_embed_dim).reshape(len(x), -1)
             time = time + self.add_embedding(torch.cat([pooled, angles.to(x.dtype)], dim=1))
         if hasattr(self, "class_embedding"):
             (noise_level,) = added

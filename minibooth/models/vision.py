@@ -55,7 +55,7 @@ def preprocessor(config: Mapping[str, Any]) -> Callable[[Image.Image], Tensor]:
     if middle and isinstance(size, int):
         size = {"shortest_edge": size}
     whole = None if isinstance(size, dict) and "shortest_edge" in size else sides(size)
-    factor, resample = config.get("rescale_factor", 1 / 255), Image.Resampling(config["resample"])
+    factor, resample = float(config.get("rescale_factor", 1 / 255)), Image.Resampling(config["resample"])
     mean, std = (np.array(config[key], np.float32) for key in ("image_mean", "image_std"))
 
     def see(picture: Image.Image) -> Tensor:
