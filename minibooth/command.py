@@ -60,7 +60,7 @@ def ready_process() -> None:
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> NoReturn:
     """main(argv[1:]) as a process: a mistake the user can mend ends in one line and status 2, a bug in its traceback.
 
-    Ctrl-C ends in status 130, SIGTERM in 143, and nobody to read what is printed in 141, as in other programs.
+    Ctrl-C ends in status 130, SIGTERM in 143, and a closed standard output in 141, as in other programs.
     """
     ready_torch()
     ready_process()

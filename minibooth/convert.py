@@ -6,7 +6,7 @@ from pathlib import Path
 
 from minibooth import command
 from minibooth.checkpoint import lora
-from minibooth.checkpoint.source import Source, single
+from minibooth.checkpoint.source import Source, is_single_file
 from minibooth.errors import UserError
 
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
     flags = parser().parse_args(command.normalise(argv))
     if (target := flags.target).exists() or target.is_symlink():
         raise UserError(f"{target} is there already; choose another name, or remove it first")
-    single(target)  # or it is refused
+    is_single_file(target)  # or it is refused
     command.ready_folder(target.parent)
     source = Source.open(flags.source, **{name: getattr(flags, name) for name in (*command.SOURCE, "ema")})
     lora.merge(source, command.loras(flags))

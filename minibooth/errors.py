@@ -1,4 +1,4 @@
-"""The errors that are nobody's bug."""
+"""Errors that a user can mend, as opposed to bugs."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,7 @@ def refuse(problems: Mapping[str, object]) -> None:
 
 @contextlib.contextmanager
 def blaming(name: object) -> Iterator[None]:
-    """Within, whatever goes wrong is due to what the file `name` holds, and ends in a UserError that says so.
+    """Any exception within is put down to what the file `name` holds: it ends in a UserError that names it.
 
     Files fail in too many ways to list them all, so any exception inside counts as the file's fault.
     """
@@ -32,7 +32,7 @@ def blaming(name: object) -> Iterator[None]:
 
 @contextlib.contextmanager
 def refusals(what: str, remedy: str) -> Iterator[None]:
-    """Within, whatever goes wrong with the hub ends in a UserError that says what had been wanted, and why it was not to be."""
+    """Any exception within, of the hub, ends in a UserError: what failed, the reason, the remedy."""
     try:
         yield
     except Exception as error:  # the hub's, the disk's, or of the HTTP library, which differs by version

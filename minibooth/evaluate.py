@@ -25,7 +25,7 @@ from minibooth.diffusion.images import to_tensor
 from minibooth.diffusion.text_to_image import StableDiffusion
 from minibooth.dreambooth.data import find_pictures, open_picture
 from minibooth.dreambooth.identifier import named
-from minibooth.dreambooth.metrics import PUBLISHED, Eyes, agreement, ceiling, diversity, likeness, open_lpips
+from minibooth.dreambooth.metrics import PUBLISHED, Encoder, agreement, ceiling, diversity, likeness, open_lpips
 from minibooth.dreambooth.prior import DRAWING, Drawings, draw, origin
 from minibooth.errors import UserError, blaming
 from minibooth.train import EMBEDDED
@@ -121,7 +121,12 @@ def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def measure(
-    real: Sequence[Image.Image], drawn: Sequence[Drawings], of_class: Drawings, clip: Eyes | None, dino: Eyes | None, lpips: Any
+    real: Sequence[Image.Image],
+    drawn: Sequence[Drawings],
+    of_class: Drawings,
+    clip: Encoder | None,
+    dino: Encoder | None,
+    lpips: Any,
 ) -> dict[str, Any]:
     """The figures of a subject, of each of its prompts, and of its real pictures; those that lack an encoder are left out."""
     eyes = {column: eye for column, eye in {"DINO": dino, "CLIP-I": clip}.items() if eye}
@@ -162,8 +167,8 @@ def main(argv: Sequence[str]) -> None:
     complete(flags)
     real, texts = [open_picture(path) for path in find_pictures(Path(flags.images))[0]], prompts(flags)
     pipe = drawing.open_model(flags, StableDiffusion)
-    clip = encoder(flags, "clip", lambda name: Eyes(name, device=pipe.device, kind="clip"))
-    dino = encoder(flags, "dino", lambda name: Eyes(name, device=pipe.device, kind="vit"))
+    clip = encoder(flags, "clip", lambda name: Encoder(name, device=pipe.device, kind="clip"))
+    dino = encoder(flags, "dino", lambda name: Encoder(name, device=pipe.device, kind="vit"))
     lpips = encoder(flags, "lpips", lambda name: open_lpips(name, pipe.device))
     if lpips and flags.resolution and flags.resolution < 32:  # AlexNet's pooling leaves nothing of less
         raise UserError("--lpips needs pictures of 32 pixels or more: take a larger --resolution, or --lpips none")

@@ -117,7 +117,7 @@ def train(settings: Settings, ranks: Ranks) -> tuple[str, list[str]]:
             command.ready_folder(run.journal.folder)
             if settings.with_prior_preservation and run.prior.missing:
                 command.ready_folder(run.prior.folder.parent)
-        with run.journal.claimed() if ranks.first else contextlib.nullcontext():
+        with run.journal.locked() if ranks.first else contextlib.nullcontext():
             try:
                 run.train()
             except KeyboardInterrupt as interrupt:  # one that was not waited for says nothing of its own

@@ -49,7 +49,7 @@ from minibooth.diffusion.images import grid, save_png, to_tensor
 from minibooth.diffusion.text_to_image import StableDiffusion
 from minibooth.dreambooth import prior
 from minibooth.dreambooth.data import find_pictures, open_picture
-from minibooth.dreambooth.metrics import Eyes, agreement, ceiling, likeness
+from minibooth.dreambooth.metrics import Encoder, agreement, ceiling, likeness
 from minibooth.dreambooth.parallel import Ranks
 from minibooth.dreambooth.settings import Settings
 from minibooth.train import EMBEDDED, trainer
@@ -138,7 +138,7 @@ def judged(judge: judges.Judge, name: str, new: Sequence[Image.Image], bare: Seq
 
 
 def measured(
-    eyes: Eyes, name: str, asked: Sequence[str], new: Sequence[Image.Image], bare: Sequence[Image.Image]
+    eyes: Encoder, name: str, asked: Sequence[str], new: Sequence[Image.Image], bare: Sequence[Image.Image]
 ) -> dict[str, float]:
     """The paper's figures of the same, beside the subject's photographs."""
     real = eyes.images([*map(open_picture, find_pictures(WEIGHTS / "subject" / name)[0])])
@@ -176,7 +176,7 @@ def run(
         pipe.load_lora(folder)
     asked = prompts(name, changes)
     new, bare = (draw(pipe, each, seed) for each in (asked, [f"a photo of a {SUBJECTS[name].kind}"] * (OF_CLASS // EACH)))
-    figures = judged(judges.load(judge), name, new, bare) | measured(Eyes(WEIGHTS / "tiny-clip"), name, asked, new, bare)
+    figures = judged(judges.load(judge), name, new, bare) | measured(Encoder(WEIGHTS / "tiny-clip"), name, asked, new, bare)
     figures |= {"loss": final_loss(folder)} if changes is not None else {}
     save_png(grid(new[::EACH] + bare[::EACH][:4], len(ASKED) + 4), folder / "sheet.png", {"prompts": " | ".join(asked)})
     return figures

@@ -29,7 +29,7 @@ from world import ATTRIBUTES, CLASSES, COLOURS, PLACES, SUBJECTS, Mark, Rng, Sce
 from minibooth import command
 from minibooth.checkpoint import files
 from minibooth.command import WEIGHTS
-from minibooth.dreambooth.metrics import Eyes, cosines
+from minibooth.dreambooth.metrics import Encoder, cosines
 from minibooth.models.tokenizer import Tokenizer
 from minibooth.models.vision import CLIP
 
@@ -166,7 +166,7 @@ def otherwise(scene: Scene) -> Scene:
 
 def figures(folder: Path, count: int = 400) -> str:
     """How often the eye in `folder` is right, on subjects and scenes that it has never seen."""
-    eyes, asked = Eyes(folder), triples(count // len(SUBJECTS))
+    eyes, asked = Encoder(folder), triples(count // len(SUBJECTS))
     anchor, same, there, here = (eyes.images(draw(column)) for column in zip(*asked, strict=True))
     near, far, close = (F.cosine_similarity(anchor, x) for x in (same, there, here))
     scenes = [Scene.random(np.random.default_rng([HELD_OUT, 9, i])) for i in range(count)]

@@ -18,7 +18,7 @@ from world import SUBJECTS, Scene
 import minibooth
 from minibooth import evaluate, generate
 from minibooth.dreambooth import stages
-from minibooth.dreambooth.metrics import Eyes, cosines
+from minibooth.dreambooth.metrics import Encoder, cosines
 from minibooth.dreambooth.settings import Settings
 from minibooth.train import EMBEDDED, WEIGHTS, parse
 
@@ -27,7 +27,7 @@ CLIP = WEIGHTS / "tiny-clip"
 
 @pytest.fixture(scope="module")
 def eyes():
-    return Eyes(CLIP)
+    return Encoder(CLIP)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from small_run import photographs, small, tiny, train
 import minibooth
 from minibooth import command, drawing, evaluate
 from minibooth.diffusion.text_to_image import StableDiffusion
-from minibooth.dreambooth.metrics import Eyes, likeness
+from minibooth.dreambooth.metrics import Encoder, likeness
 from minibooth.errors import UserError
 
 # As prompts_and_classes.txt is published, with prompts of our own.
@@ -171,7 +171,7 @@ def test_the_results_say_what_they_are_of(kit, whole):
 def test_what_has_no_encoder_is_left_out(kit, whole, tmp_path, capsys):
     figures = whole[1]["figures"]
     left = {"clip": {"DINO", "PRES", "DIV"}, "dino": {"CLIP-I", "CLIP-T", "PRES", "DIV"}, "lpips": figures.keys() - {"DIV"}}
-    eyes, of_class = Eyes(kit.clip), [Image.open(path) for path in drawn(whole[0])["a dog"]]
+    eyes, of_class = Encoder(kit.clip), [Image.open(path) for path in drawn(whole[0])["a dog"]]
     by_clip = likeness(eyes.images(of_class), eyes.images([Image.open(path) for path in sorted(kit.images.glob("*.png"))]))
     for name, columns in left.items():
         found = kit.run(tmp_path, f"--{name}", "none")["figures"]
@@ -478,7 +478,7 @@ def test_an_encoder_that_sees_nothing_is_refused(kit, tmp_path, changes):
     path = folder / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(UserError, match=f"{folder}"):
-        Eyes(folder)
+        Encoder(folder)
 
 
 # ---- mistakes

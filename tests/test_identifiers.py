@@ -8,7 +8,7 @@ from conftest import vocabulary
 
 from minibooth import command, identifiers
 from minibooth.dreambooth import identifier
-from minibooth.dreambooth.identifier import doubts, named, rare_words
+from minibooth.dreambooth.identifier import named, prompt_warnings, rare_words
 from minibooth.models.tokenizer import Tokenizer
 
 WORDS = ["photo", "of", "dog", "cat", "sks", "zwx", "olis", "q", "longer", "qiv"]  # merged in this order
@@ -54,7 +54,7 @@ def test_rare_words_are_short_late_single_tokens_and_the_least_moved_come_first(
     ],
 )
 def test_doubts_are_about_the_identifier_alone(tokenizer, word, complaint):
-    found = list(doubts(tokenizer, f"a photo of {word} dog", "a photo of dog"))
+    found = list(prompt_warnings(tokenizer, f"a photo of {word} dog", "a photo of dog"))
     assert len(found) == (complaint is not None)
     assert complaint is None or complaint in found[0]
 
@@ -77,20 +77,20 @@ def test_names_are_spelled_as_the_prompts_do():
 
 
 def test_what_is_no_identifier_is_not_doubted(tokenizer):
-    assert [*doubts(tokenizer, "a photo of zwx dog", "dog")] == [*doubts(tokenizer, "a dog", "a dog")] == []
-    assert [*doubts(tokenizer, "a photo of sks, a dog", "a dog")] == []
+    assert [*prompt_warnings(tokenizer, "a photo of zwx dog", "dog")] == [*prompt_warnings(tokenizer, "a dog", "a dog")] == []
+    assert [*prompt_warnings(tokenizer, "a photo of sks, a dog", "a dog")] == []
 
 
 def test_what_is_cut_off_a_prompt_is_shown(tokenizer):
     long = "dog " * (tokenizer.max_length - 3)
-    assert [*doubts(tokenizer, f"{long}zwx", "dog")] == []
+    assert [*prompt_warnings(tokenizer, f"{long}zwx", "dog")] == []
     for prompts in ((f"{long}dog A zwx Hüte", "dog"), (f"{long}dog A zwx Hüte",) * 2):
-        (doubt,) = [each for each in doubts(tokenizer, *prompts) if "too long" in each]
+        (doubt,) = [each for each in prompt_warnings(tokenizer, *prompts) if "too long" in each]
         assert doubt == "a prompt is too long: 'A zwx Hüte' is not read"
 
 
 def test_a_common_word_is_doubted(tokenizer):
-    assert "common word" in next(doubts(tokenizer, "b dog", "a dog"))
+    assert "common word" in next(prompt_warnings(tokenizer, "b dog", "a dog"))
 
 
 def test_the_command_lists_words_of_a_checkpoint(sd1, capsys):

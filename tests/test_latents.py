@@ -29,24 +29,24 @@ def latents(tmp_path):
 
 def test_every_picture_comes_once_per_epoch_in_an_order_of_its_own(latents):
     sequence = latents()
-    epochs = [tuple(sequence.which(n)[0] for n in range(5 * epoch, 5 * epoch + 5)) for epoch in range(20)]
+    epochs = [tuple(sequence.pick(n)[0] for n in range(5 * epoch, 5 * epoch + 5)) for epoch in range(20)]
     assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)
     assert len(set(epochs)) > 10
 
 
 def test_crops_are_drawn_evenly(latents):
     sequence = latents(crops_per_image=4)
-    numbers = [sequence.which(n)[1] for n in range(400)]
+    numbers = [sequence.pick(n)[1] for n in range(400)]
     assert set(numbers) == {0, 1, 2, 3}
     assert all(60 < numbers.count(number) < 140 for number in range(4))
 
 
 def test_which_crop_depends_on_seed_and_number_alone(latents):
-    expected = [latents().which(n) for n in range(40)]
+    expected = [latents().pick(n) for n in range(40)]
     other = latents(train_batch_size=1, gradient_accumulation_steps=3, max_train_steps=99, random_flip=True)
-    assert [other.which(n) for n in reversed(range(40))] == expected[::-1]
+    assert [other.pick(n) for n in reversed(range(40))] == expected[::-1]
     for different in (latents(seed=8), latents(name="class")):
-        assert [different.which(n) for n in range(40)] != expected
+        assert [different.pick(n) for n in range(40)] != expected
 
 
 @pytest.mark.parametrize("changes", [{}, {"center_crop": True}, {"image_interpolation_mode": "nearest"}, {"random_flip": True}])
@@ -55,7 +55,7 @@ def test_a_posterior_is_the_encoded_crop_times_the_scaling_factor(changes, laten
     sequence.prepare(vae, range(12))
     filter = changes.get("image_interpolation_mode", "lanczos")
     for n in range(12):
-        picture, number = sequence.which(n)
+        picture, number = sequence.pick(n)
         place = generator(7, "subject", "place", picture, number)
         options = changes.get("center_crop", False), changes.get("random_flip", False)
         square = crop(open_picture(sequence.pictures[picture]), 64, *options, place, filter)
@@ -80,7 +80,7 @@ def test_once_prepared_the_vae_may_go(latents):
     sequence.prepare(pipe.vae, range(10, 20))
     pipe.release("vae")
     assert reference() is None
-    assert sequence.encoded.keys() == {sequence.which(n) for n in range(10, 20)}
+    assert sequence.encoded.keys() == {sequence.pick(n) for n in range(10, 20)}
     assert all(sequence[n][0].mean.isfinite().all() for n in range(10, 20))
 
 
@@ -88,7 +88,7 @@ def test_on_the_fly_no_crop_comes_twice(latents, vae):
     sequence = latents(crops_per_image=0)
     sequence.prepare(vae, range(20))
     assert not sequence.encoded
-    assert len({sequence.which(n) for n in range(1000)}) == 1000
+    assert len({sequence.pick(n) for n in range(1000)}) == 1000
     means = [tuple(sequence[n][0].mean.flatten().tolist()) for n in range(20)]
     assert len(set(means)) > 15  # some pairs of crops fall on the same pixels
     assert torch.equal(sequence[3][0].mean, sequence[3][0].mean)
@@ -112,8 +112,8 @@ def test_posterior_noise_is_drawn_anew_each_step(tmp_path):
     run = trainer(small(tmp_path, crops_per_image=1, max_train_steps=20))
     run.prepare()
     subject = run.sets[0]
-    same = [n for n in range(40) if subject.which(n) == subject.which(0)]
-    assert len(same) == 13 + (subject.which(39) == subject.which(0))
+    same = [n for n in range(40) if subject.pick(n) == subject.pick(0)]
+    assert len(same) == 13 + (subject.pick(39) == subject.pick(0))
     drawn = torch.cat([run.sample(subject, n)[0] for n in same])
     assert len({tuple(x.flatten().tolist()) for x in drawn}) == len(same)
     mean, std = subject[0][0].mean, subject[0][0].std

@@ -180,7 +180,7 @@ def test_how_a_model_draws_comes_back_from_a_file(kind, path, says, copy_of, tmp
     pipe = minibooth.load(source)
     pipe.save(tmp_path / "x.safetensors")
     again = minibooth.load(tmp_path / "x.safetensors", tokenizer=source)
-    assert json.loads(again.source.small[path]).items() >= says.items()
+    assert json.loads(again.source.small_files[path]).items() >= says.items()
     assert np.array_equal(draw(again, kind), draw(pipe, kind))
 
 
@@ -196,7 +196,7 @@ def test_a_file_tells_what_is_its_own_of_its_noise(path, monkeypatch, tmp_path):
     monkeypatch.setattr("minibooth.checkpoint.files.write_weights", lambda *given: told.append(given[-1]))
     usual = source.json(path)
     for key, value in NOISE.items():
-        source.small[path] = json.dumps(usual | {key: value}).encode()
+        source.small_files[path] = json.dumps(usual | {key: value}).encode()
         source.save(tmp_path / "x.safetensors", {})
         assert json.loads(told[-1][f"minibooth.{path}"])[key] == value
 
@@ -204,7 +204,7 @@ def test_a_file_tells_what_is_its_own_of_its_noise(path, monkeypatch, tmp_path):
 def test_an_xls_file_has_the_published_schedule():
     """So that latents are not clipped, as diffusers' DDIM does where a folder does not say so."""
     pipe = minibooth.load(file("sdxl"), tokenizer=folder("sdxl"))
-    said = json.loads(pipe.source.small[SCHEDULE])
+    said = json.loads(pipe.source.small_files[SCHEDULE])
     assert (said["clip_sample"], said["set_alpha_to_one"], said["skip_prk_steps"]) == (False, False, True)
 
 

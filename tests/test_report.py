@@ -18,7 +18,7 @@ from small_run import metrics, photographs, same_bits, small, train, trainer, we
 import minibooth
 from minibooth.dreambooth import report, stages
 from minibooth.dreambooth.journal import Journal
-from minibooth.dreambooth.metrics import Eyes, ceiling, likeness
+from minibooth.dreambooth.metrics import Encoder, ceiling, likeness
 from minibooth.dreambooth.settings import Settings
 from minibooth.errors import UserError
 
@@ -270,7 +270,7 @@ def test_a_metrics_model_measures_every_grid_and_changes_nothing_else(few_drawin
     assert [line["step"] for line in seen] == [0, 2, 4]
     assert (output / "samples" / "step-4.png").read_bytes() == (plain / "samples" / "step-4.png").read_bytes()
 
-    eyes, grid = Eyes(clip), Image.open(output / "samples" / "step-4.png")
+    eyes, grid = Encoder(clip), Image.open(output / "samples" / "step-4.png")
     real = eyes.images([Image.open(path) for path in sorted((tmp_path / "photographs").iterdir())])
     shown = eyes.images([grid.crop((x, y, x + 64, y + 64)) for y in (0, 68) for x in (0, 68)])
     assert seen[-1]["subject_similarity"] == pytest.approx(likeness(shown, real), abs=1e-5)

@@ -41,7 +41,7 @@ def test_a_pair_is_a_crop_at_full_detail_and_the_same_shrunk(flip, filter, setti
     whole = [to_tensor(Image.open(path)) for path in job.sets[0].pictures]
     corners = set()
     for number in range(20):
-        square, low = job.sets[0].cut(0, number)
+        square, low = job.sets[0].load_crop(0, number)
         assert square.shape == (3, 32, 32) and low.shape == (1, 3, 8, 8)
         views = {
             (y, x, mirrored): (part.flip(2) if mirrored else part)

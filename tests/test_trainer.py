@@ -243,8 +243,8 @@ def test_a_run_that_died_between_its_result_and_its_last_word_can_go_on(form, tm
 
 
 def test_a_folder_has_one_run_at_a_time(tmp_path):
-    with trainer(small(tmp_path)).journal.claimed(), pytest.raises(UserError, match="another run is going on in"):
-        trainer(small(tmp_path)).journal.claimed().__enter__()
+    with trainer(small(tmp_path)).journal.locked(), pytest.raises(UserError, match="another run is going on in"):
+        trainer(small(tmp_path)).journal.locked().__enter__()
 
 
 def test_a_file_system_without_locks_stops_no_run(tmp_path, monkeypatch):
@@ -252,14 +252,14 @@ def test_a_file_system_without_locks_stops_no_run(tmp_path, monkeypatch):
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", lacking)
-    with trainer(small(tmp_path)).journal.claimed():
+    with trainer(small(tmp_path)).journal.locked():
         pass
 
 
 def test_a_system_without_locks_stops_no_run(tmp_path, monkeypatch):
     journal = trainer(small(tmp_path)).journal
     monkeypatch.setattr(os, "name", "nt")
-    with journal.claimed(), journal.claimed():
+    with journal.locked(), journal.locked():
         assert journal.folder.is_dir()
     monkeypatch.undo()
 
@@ -267,7 +267,7 @@ def test_a_system_without_locks_stops_no_run(tmp_path, monkeypatch):
 def test_processes_that_see_different_folders_are_refused(tmp_path):
     """As where one finds a checkpoint that the first does not."""
     ranks = Ranks(torch.device("cpu"))
-    ranks.same = lambda value: value + 1
+    ranks.broadcast = lambda value: value + 1
     with pytest.raises(UserError, match="is not the same folder for all processes"):
         Trainer(small(tmp_path), ranks.device, torch.float32, torch.float32, ranks)
 
@@ -870,7 +870,7 @@ def test_the_rate_can_be_scaled_with_the_batch(tmp_path):
     run.train()
     assert metrics(tmp_path / "output")[0]["lr"] == pytest.approx(6e-3)
     ranks = Ranks(torch.device("cpu"))
-    ranks.count = 2
+    ranks.world_size = 2
     many = small(tmp_path, output_dir=str(tmp_path / "many"), **changes)
     assert Trainer(many, ranks.device, torch.float32, torch.float32, ranks).scale == 12
 

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from minibooth.dreambooth import metrics
-from minibooth.dreambooth.metrics import Eyes, Watch, open_lpips
+from minibooth.dreambooth.metrics import Encoder, Watch, open_lpips
 from minibooth.errors import UserError
 from minibooth.models.config import ViTConfig
 from minibooth.models.vision import CLIP, LPIPS, VisionModel, from_vit, preprocessor
@@ -82,8 +82,8 @@ def test_pictures_are_prepared_as_transformers_does(size, new, tmp_path):
 
 def test_clip_gives_the_numbers_of_transformers(clip):
     folder, model = clip
-    eyes = Eyes(folder)
-    pixels, ids = torch.stack([eyes.see(picture) for picture in pictures()]), eyes.tokenizer(PROMPTS)
+    eyes = Encoder(folder)
+    pixels, ids = torch.stack([eyes.preprocess(picture) for picture in pictures()]), eyes.tokenizer(PROMPTS)
     with torch.no_grad():
         assert error(eyes.images(pictures()), model.get_image_features(pixels).pooler_output) <= 1e-5
         assert error(eyes.texts(PROMPTS), model.get_text_features(ids).pooler_output) <= 1e-5
@@ -91,8 +91,8 @@ def test_clip_gives_the_numbers_of_transformers(clip):
 
 def test_dino_gives_the_numbers_of_transformers(dino):
     folder, model = dino
-    eyes = Eyes(folder)
-    pixels = torch.stack([eyes.see(picture) for picture in pictures()])
+    eyes = Encoder(folder)
+    pixels = torch.stack([eyes.preprocess(picture) for picture in pictures()])
     with torch.no_grad():
         assert error(eyes.images(pictures()), model(pixels).last_hidden_state[:, 0]) <= 1e-5
 
@@ -102,9 +102,9 @@ def test_pictures_of_another_size_see_interpolated_places(clip, dino, height, wi
     pixels = torch.randn((2, 3, height, width), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         theirs = dino[1](pixels, interpolate_pos_encoding=True).last_hidden_state[:, 0]
-        assert error(Eyes(dino[0]).network(pixels), theirs) <= 1e-5
+        assert error(Encoder(dino[0]).network(pixels), theirs) <= 1e-5
         theirs = clip[1].get_image_features(pixels, interpolate_pos_encoding=True).pooler_output
-        assert error(Eyes(clip[0]).network(pixels), theirs) <= 1e-5
+        assert error(Encoder(clip[0]).network(pixels), theirs) <= 1e-5
 
 
 # ---- the published files
@@ -156,11 +156,11 @@ def test_what_files_hold_besides_changes_nothing(clip, dino, copy_of):
     pooler = {"pooler.dense.weight": torch.ones(32, 32), "pooler.dense.bias": torch.ones(32)}
     for i, (folder, more) in enumerate(((clip[0], constants), (dino[0], pooler))):
         copy = published(copy_of(folder, f"{i}"), lambda state, more=more: state | more)
-        assert torch.equal(Eyes(copy).images(pictures()), Eyes(folder).images(pictures()))
+        assert torch.equal(Encoder(copy).images(pictures()), Encoder(folder).images(pictures()))
 
 
 def test_how_many_are_looked_at_together_changes_nothing(dino, monkeypatch):
-    eyes = Eyes(dino[0])
+    eyes = Encoder(dino[0])
     whole = eyes.images(pictures())
     monkeypatch.setattr(metrics, "BATCH", 3)
     assert error(eyes.images(pictures()), whole) <= 1e-6
@@ -170,22 +170,22 @@ def test_a_single_picture_of_the_class_has_no_diversity(dino, tmp_path):
     (picture, other), path = pictures(SIZES[:2]), tmp_path / "a.png"
     picture.save(path)
     watch = Watch(dino[0], [path], torch.device("cpu"))
-    assert watch.look([picture], [other]).keys() == {"subject_similarity", "class_drift"}
-    assert watch.look([picture], [other, picture]).keys() - {"subject_similarity", "class_drift"} == {"class_diversity"}
+    assert watch.measure([picture], [other]).keys() == {"subject_similarity", "class_drift"}
+    assert watch.measure([picture], [other, picture]).keys() - {"subject_similarity", "class_drift"} == {"class_diversity"}
 
 
 def test_a_revision_follows_the_name_on_the_hub(dino, monkeypatch):
     asked = []
     monkeypatch.setattr(metrics, "snapshot", lambda *given: asked.append((given[0], given[2])) or dino[0])
-    Eyes("owner/name@refs/pr/1")
-    Eyes("owner/name")
+    Encoder("owner/name@refs/pr/1")
+    Encoder("owner/name")
     assert asked == [("owner/name", "refs/pr/1"), ("owner/name", None)]
 
 
 def test_another_kind_than_is_wanted_is_refused(clip, dino):
     for folder, wanted, found in ((clip[0], "vit", "clip"), (dino[0], "clip", "vit")):
         with pytest.raises(UserError, match=f"of type {found}; needed is {wanted}"):
-            Eyes(folder, kind=wanted)
+            Encoder(folder, kind=wanted)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_another_kind_than_is_wanted_is_refused(clip, dino):
 )
 def test_another_model_is_refused(dino, copy_of, settings, drop, message):
     with pytest.raises(UserError, match=message):
-        Eyes(published(copy_of(dino[0]), drop=drop, **settings))
+        Encoder(published(copy_of(dino[0]), drop=drop, **settings))
 
 
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "model.safetensors", "merges.txt"])
@@ -210,7 +210,7 @@ def test_a_missing_file_is_named(clip, copy_of, name):
     folder = copy_of(clip[0])
     (folder / name).unlink()
     with pytest.raises(UserError, match=name):
-        Eyes(folder)
+        Encoder(folder)
 
 
 def test_a_damaged_vocabulary_is_refused(clip, copy_of):
@@ -218,7 +218,7 @@ def test_a_damaged_vocabulary_is_refused(clip, copy_of):
     for path in [*folder.glob("vocab.json"), *folder.glob("tokenizer.json")]:
         path.write_text("{")
     with pytest.raises(UserError, match=f"{folder}: vocab.json holds something unexpected"):
-        Eyes(folder)
+        Encoder(folder)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_another_preprocessing_is_refused(dino, copy_of, change, named):
     folder = copy_of(dino[0])
     write_json(folder / "preprocessor_config.json", DINO_SEES | change)
     with pytest.raises(UserError, match=named):
-        Eyes(folder)
+        Encoder(folder)
 
 
 # ---- LPIPS

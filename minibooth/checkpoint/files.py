@@ -35,9 +35,10 @@ Recipe = Callable[[Mapping[str, Tensor]], Tensor]
 class Tensors(Mapping[str, Tensor]):
     """The tensors of one or several safetensors files as a mapping from name to tensor, each read when asked for.
 
-    A tensor is the file's own pages, which cost nothing until it is used, and no memory of the process once it is gone: a
-    file is mapped in parts, each as long as somebody holds a tensor of it. The files stay open, so they can be read even
-    after somebody has moved or replaced them. `meta`: dtypes and shapes, as tensors on meta.
+    A tensor is the file's own pages, which cost nothing until it is used, and no memory of the process once it is gone. A
+    file is mapped in parts, each as long as somebody holds a tensor of it; one mapping a tensor would be too many. The files
+    stay open, so they can be read even after somebody has moved or replaced them. `meta`: dtypes and shapes, as tensors on
+    meta.
     """
 
     PART = 1 << 27  # bytes; more, where its last tensor ends beyond

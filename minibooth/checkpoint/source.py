@@ -89,7 +89,7 @@ class Source:
     """
 
     name: str
-    small: dict[str, bytes]
+    small_files: dict[str, bytes]
     weights: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
     rest: Mapping[str, Tensor] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -119,11 +119,13 @@ class Source:
             raise UserError(f"{source} is a {self.kind}; supported: {', '.join(KINDS)}")
         parts = {part for part, kinds in self.json(INDEX).items() if isinstance(kinds, list)}  # not a run's checkpoints
         parts |= {*KINDS[self.kind], "scheduler", "low_res_scheduler", "tokenizer", "tokenizer_2"}
-        self.small = {name: data for name, data in small.items() if name == INDEX or name.split("/")[0] in parts}
+        self.small_files = {name: data for name, data in small.items() if name == INDEX or name.split("/")[0] in parts}
         if tokenizer:
             self._take(vocabulary(path, tokenizer))
         if prediction_type:
-            self.small[SCHEDULE] = json.dumps(self.json(SCHEDULE) | {"prediction_type": prediction_type}, indent=2).encode()
+            self.small_files[SCHEDULE] = json.dumps(
+                self.json(SCHEDULE) | {"prediction_type": prediction_type}, indent=2
+            ).encode()
         having = [name for name in KINDS[self.kind] if variant in variants(folder, name)]
         for name in KINDS[self.kind]:  # where one has the variant, others may lack it
             tensors = files.weights_of(folder / name, COMPONENTS[name].stem, variant if name in having or not having else None)
@@ -142,7 +144,9 @@ class Source:
             own = {name: text for name, text in own.items() if not name.startswith("tokenizer")}
         self = cls(str(path), ldm.describe(path, shapes, known or "epsilon", own), metadata=metadata)
         if words := {name: text.encode() for name, text in own.items() if OF_TOKENIZER.fullmatch(name)}:
-            self.small = {name: data for name, data in self.small.items() if not name.startswith("tokenizer")} | words
+            self.small_files = {
+                name: data for name, data in self.small_files.items() if not name.startswith("tokenizer")
+            } | words
         else:
             self._take(vocabulary(path, tokenizer))
         places = {name: self.places(name) for name in KINDS[self.kind]}
@@ -153,17 +157,17 @@ class Source:
             raise UserError(f"{path} has unexpected {unknown[0]} and {len(unknown) - 1} more; supported: {ldm.SUPPORTED}")
         self.rest = files.renamed(tensors, zip(rest, rest, strict=True))
         if not known:
-            self.small |= ldm.describe(path, shapes, self.measure(), own)
+            self.small_files |= ldm.describe(path, shapes, self.infer_prediction_type(), own)
         return self
 
     def _take(self, vocabulary: Mapping[str, bytes]) -> None:
         """Give each tokenizer this vocabulary."""
-        folders = {path.split("/")[0] for path in self.small if path.startswith("tokenizer")}
-        self.small = {path: data for path, data in self.small.items() if path.split("/")[-1] not in VOCABULARY}
-        self.small |= {f"{folder}/{name}": data for folder in folders for name, data in vocabulary.items()}
+        folders = {path.split("/")[0] for path in self.small_files if path.startswith("tokenizer")}
+        self.small_files = {path: data for path, data in self.small_files.items() if path.split("/")[-1] not in VOCABULARY}
+        self.small_files |= {f"{folder}/{name}": data for folder in folders for name, data in vocabulary.items()}
 
     @torch.no_grad()
-    def measure(self) -> str:
+    def infer_prediction_type(self) -> str:
         """The prediction type of a model that does not say it, by its answer to pure noise at the last timestep.
 
         There next to nothing is left of a picture: the best guess at the noise is the input itself, and the best guess at the
@@ -186,16 +190,16 @@ class Source:
 
     def json(self, path: str) -> dict:
         """One of the small files, parsed. Raises UserError where it is missing or damaged."""
-        if path not in self.small:
+        if path not in self.small_files:
             raise UserError(f"{self.name}/{path} is missing")
-        return files.parse_json(self.small[path], f"{self.name}/{path}")
+        return files.parse_json(self.small_files[path], f"{self.name}/{path}")
 
     def tokenizer(self, folder: str = "tokenizer") -> Tokenizer:
         """The tokenizer of a folder. Raises UserError where its vocabulary is missing, damaged or not its text encoder's."""
-        paths = {path: path.removeprefix(f"{folder}/") for path in self.small if path.startswith(f"{folder}/")}
+        paths = {path: path.removeprefix(f"{folder}/") for path in self.small_files if path.startswith(f"{folder}/")}
         text = self.config(folder.replace("tokenizer", "text_encoder"))
         with blaming(f"{self.name}/{folder}"):
-            made = Tokenizer.from_files({name: self.small[path] for path, name in paths.items()})
+            made = Tokenizer.from_files({name: self.small_files[path] for path, name in paths.items()})
             last = max(made.backend.get_vocab().values())
             if last >= text.vocab_size or not 1 < made.max_length <= text.max_position_embeddings:
                 raise UserError("tokens or model_max_length exceed the text encoder's; name the model's own with --tokenizer")
@@ -237,13 +241,13 @@ class Source:
             for state in (read, weights.get(name, read)):
                 check(network, state, f"{self.name}: {name}")
         states = {name: weights.get(name, read) for name, read in self.weights.items()}
-        (self._save_file if single(path) else self._save_folder)(path, states, dtype)
+        (self._save_file if is_single_file(path) else self._save_folder)(path, states, dtype)
 
     def _save_folder(self, folder: Path, states: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype | None) -> None:
         index = self.json(INDEX)
-        kept = {path.split("/")[0] for path in self.small} - {"safety_checker", "image_encoder"}
+        kept = {path.split("/")[0] for path in self.small_files} - {"safety_checker", "image_encoder"}
         new = {key: [None, None] if isinstance(x, list) and key not in kept else x for key, x in index.items()}
-        small = self.small | ({INDEX: json.dumps(new, indent=2).encode()} if new != index else {})
+        small = self.small_files | ({INDEX: json.dumps(new, indent=2).encode()} if new != index else {})
         with files.replacing(folder, merge=True) as temporary:
             for name, data in small.items():
                 if name.split("/")[0] in kept:
@@ -267,12 +271,12 @@ class Source:
         own = {name: self.json(name) for name in described if not name.startswith("tokenizer")} | {SCHEDULE: schedule}
         told = {ldm.OURS + name: json.dumps(content) for name, content in own.items()}
         with blaming(f"{self.name}/tokenizer"):
-            told |= {ldm.OURS + x: self.small[x].decode() for x in sorted(self.small) if x.startswith("tokenizer")}
+            told |= {ldm.OURS + x: self.small_files[x].decode() for x in sorted(self.small_files) if x.startswith("tokenizer")}
         says = {"modelspec.prediction_type": predicts.removesuffix("_prediction")}
         files.write_weights(path, whole(states), whole(self.weights), dtype, {**self.metadata, **says, **told})
 
 
-def single(path: Path) -> bool:
+def is_single_file(path: Path) -> bool:
     """Whether a single file is to be written there, or a folder. Raises UserError for a file of another kind."""
     if path.suffix.lower() in (*files.PICKLES, ".safetensors") and path.suffix != ".safetensors" and not path.is_dir():
         raise UserError(f"a single file is written as {path.with_suffix('.safetensors')}, not as {path.name}")

@@ -40,7 +40,7 @@ class Pipeline:
     command: ClassVar[str]
     schedule: ClassVar[dict[str, Any]] = {}  # settings of its scheduler, whatever the file says
     sampler = "ddim"
-    beside = 0  # channels that the UNet sees besides the latent
+    extra_channels = 0  # channels that the UNet sees besides the latent
     half_vae = True  # in fp16 keep the VAE in fp16, even where its configuration has force_upcast
 
     def __init__(self, source: Source, dtype: torch.dtype, device: torch.device | str):
@@ -50,7 +50,7 @@ class Pipeline:
         self.factor = self.vae.factor  # picture pixels per latent pixel; known even when the VAE is gone
         self.channels = self.vae.config.latent_channels
         channels = self.unet.config.in_channels
-        if channels != self.channels + self.beside:
+        if channels != self.channels + self.extra_channels:
             kind = "an inpainting model" if channels == 9 else f"not {self.kind}"
             raise UserError(f"{source.name} is {kind}: its UNet takes {channels} channels")
         texts: list[Any] = [network for name, network in self.networks.items() if name.startswith("text_encoder")]

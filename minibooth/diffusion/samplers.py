@@ -51,7 +51,7 @@ def _karras(high: float, low: float, steps: int, levels: Sequence[float]) -> tup
 
 
 def _ask(predict: Predict, x: Tensor, t: float) -> Tensor:
-    """The network's word on x at t, an int or a float that all of the batch shares, in x's dtype."""
+    """The network's prediction for x at t, an int or a float that all of the batch shares, in x's dtype."""
     kind = torch.float32 if isinstance(t, float) else torch.int64
     return predict(x, torch.full((len(x),), t, device=x.device, dtype=kind)).to(x.dtype)
 

@@ -64,7 +64,7 @@ class StableDiffusionUpscale(Pipeline):
     """The x4-upscaler: unet(x [B, 4 + 3, h, w], t, context, noise_level); `low_res_scheduler` noises the three."""
 
     kind, command = "a super-resolution model", "upscale"
-    beside = 3
+    extra_channels = 3
     half_vae = False
 
     def __init__(self, source: Source, dtype: torch.dtype, device: torch.device | str):

@@ -1,7 +1,7 @@
 """The identifier: a rare word that the model has no strong idea of. Ruiz et al. 2022, section 3.2 and the appendix.
 
 The paper looks up rare tokens of T5's vocabulary, three letters or fewer, and joins them to a word. CLIP's vocabulary has whole
-words; the later a word was merged into it, the rarer it was, and the less its embedding was pulled from the others' mean.
+words; the later a word was merged into it, the rarer it was, and the nearer its embedding stayed to the vocabulary's mean.
 """
 
 import itertools
@@ -54,10 +54,10 @@ def named(instance_prompt: str, class_prompt: str) -> tuple[str, str]:
     return "", ""
 
 
-def doubts(tokenizer: Tokenizer, instance_prompt: str, class_prompt: str) -> Iterator[str]:
+def prompt_warnings(tokenizer: Tokenizer, instance_prompt: str, class_prompt: str) -> Iterator[str]:
     """What speaks against the words of the identifier, and what of the prompts is not read, a line each."""
     vocabulary = tokenizer.backend.get_vocab()
-    yield from tokenizer.cut((instance_prompt, class_prompt))
+    yield from tokenizer.truncation_warnings((instance_prompt, class_prompt))
     for word in named(instance_prompt, class_prompt)[0].lower().split():
         tokens = tokenizer.tokens(word)
         if word in MEANINGS:

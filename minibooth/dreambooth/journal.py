@@ -59,7 +59,7 @@ class Journal:
             raise UserError(f"--output_dir {self.folder} is a file")
         asked, begun, done = settings.resume_from_checkpoint, self.has("run.json"), self.has(*RESULTS)
         run = files.read_json(begun[0]) if begun and asked else {}
-        same = self.repeats(run)
+        same = self.is_same_run(run)
         self.finished = asked == "latest" and bool(done and same and run.get("finished"))
         resumed, own = self.to_resume(), {path.resolve() for _, path in self.checkpoints()}
         # it is just this run, finished; or goes on from a checkpoint of its own; or had none yet, and left no other's result
@@ -73,7 +73,7 @@ class Journal:
         named = (pattern.format(glob.escape(self.folder.resolve().name)) for pattern in patterns)
         return [path for pattern in named for path in sorted(self.folder.glob(pattern))]
 
-    def repeats(self, run: dict[str, Any]) -> bool:
+    def is_same_run(self, run: dict[str, Any]) -> bool:
         """Whether this is the run.json of a run with these settings."""
         now = json.loads(json.dumps(dataclasses.asdict(self.settings)))
         free = {*FREE, *WITHOUT_EFFECT, *["seed"] * (now["seed"] is None), *["noise_levels"] * bool(now["upscaler"])}
@@ -81,7 +81,7 @@ class Journal:
         return bool(told) and told.items() <= now.items()
 
     @contextlib.contextmanager
-    def claimed(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Within, no other run can begin in the folder, as far as the system has locks. Raises UserError where one goes on."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if os.name != "posix":

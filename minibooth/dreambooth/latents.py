@@ -31,7 +31,7 @@ class Latents:
         self.crops = stage.settings.crops_per_image
         self.encoded: dict[tuple[int, int], tuple[Posterior, Tensor]] = {}
 
-    def which(self, n: int) -> tuple[int, int]:
+    def pick(self, n: int) -> tuple[int, int]:
         """Sample n -> (picture, crop): every picture once before any comes again."""
         epoch, place = divmod(n, len(self.pictures))
         order = torch.randperm(len(self.pictures), generator=generator(self.seed, self.name, "order", epoch))
@@ -41,24 +41,24 @@ class Latents:
     def prepare(self, vae: VAE, samples: Iterable[int]) -> None:
         """Encode the crops that these samples will want, after which the VAE may go; or keep it, to encode on the fly."""
         self.vae = None if self.crops else vae
-        wanted = set() if self.vae else {self.which(n) for n in samples}
+        wanted = set() if self.vae else {self.pick(n) for n in samples}
         posteriors: dict[bytes, Posterior] = {}  # a square picture has but one crop, or two with its mirror image
         for which in tqdm(sorted(wanted), desc=f"encoding the {self.name}", leave=False, disable=None):
-            pixels, known = self.cut(*which)
+            pixels, known = self.load_crop(*which)
             content = hashlib.sha256(pixels.numpy().tobytes()).digest()
             posteriors[content] = posteriors.get(content) or self.encode(vae, pixels)
             self.encoded[which] = posteriors[content], known
 
     def __getitem__(self, n: int) -> tuple[Posterior, Tensor]:
-        which = self.which(n)
+        which = self.pick(n)
         if self.vae is None:
             return self.encoded[which]
-        pixels, known = self.cut(*which)
+        pixels, known = self.load_crop(*which)
         return self.encode(self.vae, pixels), known
 
-    def cut(self, picture: int, number: int) -> tuple[Tensor, Tensor]:
+    def load_crop(self, picture: int, number: int) -> tuple[Tensor, Tensor]:
         """One crop of one picture."""
-        return self.stage.cut(self.pictures[picture], generator(self.seed, self.name, "place", picture, number))
+        return self.stage.load_crop(self.pictures[picture], generator(self.seed, self.name, "place", picture, number))
 
     @torch.no_grad()
     def encode(self, vae: VAE, pixels: Tensor) -> Posterior:

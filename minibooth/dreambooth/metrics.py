@@ -5,7 +5,7 @@
     PRES           likeness(pictures of the class prompt, the subject's real pictures), by DINO (else CLIP); low is good
     DIV            diversity(pictures of one subject and prompt); high is good
 
-Each is a mean over pairs, which the paper's tables average over subjects and prompts. `Eyes` gives the embeddings.
+Each is a mean over pairs, which the paper's tables average over subjects and prompts. `Encoder` gives the embeddings.
 
 Shapes: A, B pictures, D width of an embedding, which need not be normalised.
 """
@@ -63,7 +63,7 @@ def diversity(pictures: Tensor, distance: Callable[[Tensor, Tensor], Tensor]) ->
     return torch.cat([distance(pictures[rows], pictures[columns]).flatten() for rows, columns in pairs]).mean().item()
 
 
-class Eyes:
+class Encoder:
     """A published CLIP or DINO: pictures, and with CLIP prompts, to embeddings [B, D], not normalised.
 
     source: a folder with config.json, model.safetensors, preprocessor_config.json and, with CLIP, the vocabulary; or its name
@@ -84,7 +84,7 @@ class Eyes:
         tensors = files.weights_of(folder, "model")
         weights = {name: tensors[name] for name in tensors if not UNUSED.search(name)}
         with blaming(source):
-            self.see = preprocessor(files.read_json(folder / "preprocessor_config.json"))
+            self.preprocess = preprocessor(files.read_json(folder / "preprocessor_config.json"))
             weights = from_vit(weights) if found == "vit" else weights
             blank = on_meta(lambda: ENCODERS[found](config))
             self.network = fill(blank, weights, f"{source}: model", torch.float32, device)
@@ -99,7 +99,7 @@ class Eyes:
         """RGB pictures of any sizes -> [B, D]."""
         like = next(self.network.parameters())
         batches = (pictures[start : start + BATCH] for start in range(0, len(pictures), BATCH))
-        return torch.cat([self.network(torch.stack([*map(self.see, batch)]).to(like)) for batch in batches])
+        return torch.cat([self.network(torch.stack([*map(self.preprocess, batch)]).to(like)) for batch in batches])
 
     @torch.no_grad()
     def texts(self, prompts: Sequence[str]) -> Tensor:
@@ -110,14 +110,14 @@ class Eyes:
 class Watch:
     """What an encoder says of a run on the way, beside the subject's photographs: cheap stand-ins for the paper's figures.
 
-    source, device: as `Eyes`, which raises UserError.
+    source, device: as `Encoder`, which raises UserError.
     """
 
     def __init__(self, source: str | Path, photographs: Sequence[Path], device: torch.device):
-        self.eyes = Eyes(source, device=device)
+        self.eyes = Encoder(source, device=device)
         self.real = self.eyes.images([*map(open_picture, photographs)])
 
-    def look(self, subject: Sequence[Image.Image], of_class: Sequence[Image.Image]) -> dict[str, float]:
+    def measure(self, subject: Sequence[Image.Image], of_class: Sequence[Image.Image]) -> dict[str, float]:
         """The likeness of pictures of the subject's prompts; with pictures of the bare class, theirs (it drifts to the
         subject) and how different they are, by 1 - cosine.
         """

@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov & Hutter 2019) in as little memory as is asked for, and what of it a checkpoint must hold.
+"""AdamW (Loshchilov & Hutter 2019), with ways to save memory, and its state as a checkpoint holds it.
 
 bytes per parameter      weight  gradient  moments
                          4       4         8

@@ -42,9 +42,9 @@ class Networks(nn.ModuleDict):
 
 
 class Ranks:
-    """A process that trains alone; its subclasses are one of many, the `number`-th of `count`."""
+    """A process that trains alone; the subclasses are one of many, `rank` of `world_size`."""
 
-    number, count, sharded = 0, 1, False
+    rank, world_size, sharded = 0, 1, False
     first = True  # whether this is the rank that writes
     command = "python"
 
@@ -59,7 +59,7 @@ class Ranks:
         """Over the ranks."""
         return values
 
-    def same(self, value: int) -> int:
+    def broadcast(self, value: int) -> int:
         """The first rank's value."""
         return value
 
@@ -70,7 +70,7 @@ class Ranks:
         """Whether it is true of any rank."""
         return self.mean({"any": float(bool(flag))})["any"] > 0
 
-    def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def gather(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors that may be sharded, put together for the first rank; all others take part, and get them on meta."""
         return tensors
 
@@ -84,9 +84,9 @@ class Replicas(Ranks):
 
     def __init__(self, device: torch.device):
         super().__init__(device)
-        self.number, self.count = dist.get_rank(), dist.get_world_size()
-        self.first = self.number == 0
-        self.command = f"torchrun --nproc-per-node {self.count}"
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.first = self.rank == 0
+        self.command = f"torchrun --nproc-per-node {self.world_size}"
 
     def join(self, networks: Mapping[str, nn.Module], dtype: torch.dtype) -> Any:
         unread = "text_encoder_2" in networks  # XL does not read its text encoders' last layers
@@ -95,9 +95,9 @@ class Replicas(Ranks):
     def mean(self, values: dict[str, float]) -> dict[str, float]:
         total = torch.tensor([*values.values()], dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
-        return dict(zip(values, (total / self.count).tolist(), strict=True))
+        return dict(zip(values, (total / self.world_size).tolist(), strict=True))
 
-    def same(self, value: int) -> int:
+    def broadcast(self, value: int) -> int:
         told = torch.tensor(value, device=self.device)
         dist.broadcast(told, 0)
         return int(told)
@@ -128,14 +128,14 @@ class Shards(Replicas):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        joined, mesh = Networks(networks), init_device_mesh(self.device.type, (self.count,))
+        joined, mesh = Networks(networks), init_device_mesh(self.device.type, (self.world_size,))
         computes = None if dtype == torch.float32 else dtype
         how = MixedPrecisionPolicy(param_dtype=computes, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for part in [*(module for module in joined.modules() if isinstance(module, BLOCKS)), joined]:
             fully_shard(part, mesh=mesh, mp_policy=how, reshard_after_forward=True)
         return joined
 
-    def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def gather(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         target = "cpu" if self.first else "meta"
         return {name: (x.full_tensor() if hasattr(x, "full_tensor") else x).to(target) for name, x in tensors.items()}
 

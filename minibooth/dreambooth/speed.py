@@ -36,7 +36,7 @@ def compilable(settings: Settings, device: torch.device, pays: bool = False) -> 
 
 @functools.cache
 def compiler(kind: str) -> bool:
-    """Whether there is what compiles for this kind of device, and a place to keep what it makes. Says in a line what lacks."""
+    """Whether there is what compiles for this kind of device, and a place to keep what it makes. Prints what is missing."""
     name = os.environ.get("CXX", "g++")
     there: dict[str, Any] = {name: shutil.which(name), "Python.h": Path(sysconfig.get_path("include"), "Python.h").exists()}
     if kind == "cuda":
@@ -90,7 +90,7 @@ def wanted(x: Tensor) -> torch.dtype:
 
 
 class Linear(nn.Linear):
-    """As a `Product`."""
+    """As a `Product`, for processors without units for half precision."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = Product.apply(x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
@@ -124,7 +124,7 @@ class Conv2d(nn.Conv2d):
 
 
 class Attention(blocks.Attention):
-    """In fp32."""
+    """In fp32, for processors without units for half precision."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with torch.autocast(q.device.type, enabled=False):

@@ -40,7 +40,7 @@ class TextToImage:
     def check(self, pictures: Sequence[Path], drawn: int = 0) -> None:
         """Raises UserError for a picture that is of no use, or where `drawn` of them cannot be drawn by the model."""
 
-    def cut(self, path: Path, place: torch.Generator) -> tuple[Tensor, Tensor]:
+    def load_crop(self, path: Path, place: torch.Generator) -> tuple[Tensor, Tensor]:
         """One crop of a picture, [3, H, W] in [-1, 1], and what is to be known of it, [1, ...]."""
         s = self.settings
         square = crop(open_picture(path), s.resolution, s.center_crop, s.random_flip, place, s.image_interpolation_mode)
@@ -89,7 +89,7 @@ class SuperResolution(TextToImage):
                 sizes = f"{size[0]} x {size[1]} pixels, and pairs of low and high resolution need {side} x {side}"
                 raise UserError(f"{path} has {sizes}: take a larger picture or a smaller --resolution")
 
-    def cut(self, path: Path, place: torch.Generator) -> tuple[Tensor, Tensor]:
+    def load_crop(self, path: Path, place: torch.Generator) -> tuple[Tensor, Tensor]:
         """One crop [3, H, W] at full detail, and the same a quarter as large [1, 3, h, w], in [-1, 1]."""
         s = self.settings
         square = crop(open_picture(path), s.resolution, s.center_crop, s.random_flip, place, resize=False)

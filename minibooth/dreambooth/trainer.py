@@ -31,7 +31,7 @@ from minibooth.diffusion.noise import generator, seeded
 from minibooth.diffusion.pipeline import Condition
 from minibooth.dreambooth import report, speed, stages
 from minibooth.dreambooth.data import find_pictures
-from minibooth.dreambooth.identifier import doubts
+from minibooth.dreambooth.identifier import prompt_warnings
 from minibooth.dreambooth.journal import Journal, common
 from minibooth.dreambooth.latents import Latents
 from minibooth.dreambooth.learning_rate import learning_rate
@@ -44,7 +44,7 @@ from minibooth.dreambooth.settings import Settings
 from minibooth.dreambooth.weights import Learnt, Weights
 from minibooth.errors import UserError
 
-OFFSET_NOISE = 0.1
+OFFSET_NOISE = 0.1  # Guttenberg 2023, "Diffusion with offset noise"
 
 
 class Trainer:
@@ -64,9 +64,11 @@ class Trainer:
         self.journal = Journal(settings)
         self.resumed, self.state = self.journal.resume()
         self.start: int = self.state["step"]
-        if self.ranks.same(self.start) != self.start:
+        if self.ranks.broadcast(self.start) != self.start:
             raise UserError(f"--output_dir {settings.output_dir} is not the same folder for all processes: take a shared one")
-        self.seed = self.ranks.same(self.state.get("seed", secrets.randbits(31)) if settings.seed is None else settings.seed)
+        self.seed = self.ranks.broadcast(
+            self.state.get("seed", secrets.randbits(31)) if settings.seed is None else settings.seed
+        )
         self.settings = s = self.journal.settings = dataclasses.replace(settings, seed=self.seed)
 
         pictures, self.skipped = find_pictures(Path(s.instance_data_dir))
@@ -80,12 +82,12 @@ class Trainer:
             self.stage.check(self.prior.pictures, drawn=len(self.prior.missing))
             self.sets.append(Latents("class", self.prior.pictures, self.stage, self.seed))
             self.prompts.append(s.class_prompt)
-        self.steps = s.steps(max(len(latents.pictures) for latents in self.sets), self.ranks.count)
+        self.steps = s.steps(max(len(latents.pictures) for latents in self.sets), self.ranks.world_size)
         if self.start > self.steps:
             raise UserError(f"{self.resumed} is past the last step, {self.steps}: raise --max_train_steps")
         if s.lr_scheduler not in ("constant", "constant_with_warmup") and s.lr_warmup_steps >= self.steps:
             raise UserError(f"--lr_warmup_steps {s.lr_warmup_steps} leaves nothing of {self.steps} steps; set it to 0")
-        self.scale = s.samples(self.ranks.count) if s.scale_lr else 1  # of learning rates
+        self.scale = s.samples(self.ranks.world_size) if s.scale_lr else 1  # of learning rates
         self.pipe.tokenizer([*self.prompts, s.validation_prompt or ""])  # which refuses what is no text
         self.weights = Weights(s, self.pipe, self.seed, self.resumed)
         self.trained = self.weights.trained
@@ -97,7 +99,7 @@ class Trainer:
             self.ranks.wait()  # until all know what is missing
             pipe = load(self.pipe.source, self.prior_dtype, self.device)
             speed.draw_faster(pipe, s, self.device)
-            self.prior.draw(pipe, self.ranks.number, self.ranks.count)
+            self.prior.draw(pipe, self.ranks.rank, self.ranks.world_size)
             del pipe
             gc.collect()  # the UNet and its Graph hold each other: nothing else frees their memory
             self.ranks.wait()
@@ -117,7 +119,7 @@ class Trainer:
             for network in self.trained.values() if s.compile == "on" else ():
                 speed.compile_layers(network)
         scaled = self.dtype == torch.float16  # an update that overflowed is left out, as the host decides
-        if self.ranks.count == 1 and not scaled and speed.replayable(s, self.device):
+        if self.ranks.world_size == 1 and not scaled and speed.replayable(s, self.device):
             for group in self.optimizer.param_groups:
                 group["lr"] = torch.zeros((), device=self.device)
             self.update = speed.Graph(self.update)  # type: ignore[method-assign]
@@ -140,7 +142,7 @@ class Trainer:
                 pipe.release(name)
         batches = range(self.start * s.gradient_accumulation_steps, self.steps * s.gradient_accumulation_steps)
         for latents in self.sets:
-            latents.prepare(pipe.vae, (n for batch in batches for n in self.numbers(batch)))
+            latents.prepare(pipe.vae, (n for batch in batches for n in self.sample_indices(batch)))
         if not s.validation_prompt:
             pipe.release("vae")
 
@@ -166,7 +168,7 @@ class Trainer:
                 done = step + 1
                 if self.ranks.first:
                     journal.log(step=done, **losses, lr=rates[0], seconds=round(seconds, 4))
-                pace = s.samples(self.ranks.count) * len(self.sets) / seconds
+                pace = s.samples(self.ranks.world_size) * len(self.sets) / seconds
                 bar.set_postfix({**losses, "lr": rates[0], "pictures/s": pace}, refresh=False)
                 bar.update()
                 if done % s.validation_steps == 0 or done == self.steps:
@@ -187,7 +189,7 @@ class Trainer:
         """One update of the weights. Returns the loss and its two parts, means over the accumulated batches and the ranks."""
         first, names = step * self.settings.gradient_accumulation_steps, ("loss", "subject", "prior")
         batches = [self.batch(first + part) for part in range(self.settings.gradient_accumulation_steps)]
-        with seeded(self.device, self.seed, "dropout", self.numbers(first).start):
+        with seeded(self.device, self.seed, "dropout", self.sample_indices(first).start):
             total = self.update(*(x for batch in batches for x in batch))
         found = self.ranks.mean(dict(zip(names, total.tolist(), strict=True)))  # only now does a GPU have to be waited for
         if not math.isfinite(found["loss"]):
@@ -203,7 +205,7 @@ class Trainer:
 
     def batch(self, batch: int) -> tuple[Tensor, ...]:
         """This rank's part of the run's `batch`-th batch, on the device: B subject samples, then B class samples."""
-        samples = [self.sample(latents, n) for latents in self.sets for n in self.numbers(batch)]
+        samples = [self.sample(latents, n) for latents in self.sets for n in self.sample_indices(batch)]
         return tuple(torch.cat(column).to(self.device) for column in zip(*samples, strict=True))
 
     def sample(self, latents: Latents, n: int) -> tuple[Tensor, ...]:
@@ -220,9 +222,9 @@ class Trainer:
             noise = noise + OFFSET_NOISE * torch.randn(*x0.shape[:2], 1, 1, generator=rng)
         return x0, noise, t, *self.stage.conditioning(known, rng)
 
-    def numbers(self, batch: int) -> range:
+    def sample_indices(self, batch: int) -> range:
         """Of the samples in the run's `batch`-th batch, those of this rank."""
-        first = (batch * self.ranks.count + self.ranks.number) * self.settings.train_batch_size
+        first = (batch * self.ranks.world_size + self.ranks.rank) * self.settings.train_batch_size
         return range(first, first + self.settings.train_batch_size)
 
     def update(self, *batches: Tensor) -> Tensor:
@@ -245,10 +247,11 @@ class Trainer:
         return total
 
     def losses(self, x0: Tensor, noise: Tensor, t: Tensor, *added: Tensor) -> dict[str, Tensor]:
-        """The objective on a `batch`, and its parts."""
+        """Eq. 2 on a `batch`, and its parts; called by `update`, through what makes the processes one."""
         s, scheduler = self.settings, self.pipe.scheduler
         with self.autocast():
             condition = self.condition or self.pipe.encode(*self.tokens)
+            # one row each for subject and class -> one for each sample, in the batch's order
             condition = tuple(each.repeat_interleave(len(x0) // len(self.sets), dim=0) for each in condition)
             prediction = self.stage.predict(scheduler.add_noise(x0, noise, t), t, condition, *added)
             weight = s.prior_loss_weight if s.with_prior_preservation else None
@@ -288,7 +291,7 @@ class Trainer:
         of_class = rows.pop() if self.watch and s.class_prompt else []
         pictures = [picture for row in rows for picture in row]
         if self.watch:
-            self.journal.log(step=step, **self.watch.look(pictures, of_class))
+            self.journal.log(step=step, **self.watch.measure(pictures, of_class))
         about = {"prompt": s.validation_prompt, "step": str(step), "seed": str(self.seed)}
         about |= {"caption": self.stage.caption} if self.stage.caption else {}
         path = self.journal.folder / "samples" / f"step-{step}.png"
@@ -320,7 +323,7 @@ class Trainer:
     def save_checkpoint(self, step: int) -> None:
         """checkpoint-N with all that the next step depends on; older ones go only when it is whole."""
         learnt = self.learnt(step)
-        state = self.ranks.whole(moments(self.optimizer, self.trained))
+        state = self.ranks.gather(moments(self.optimizer, self.trained))
         if not self.ranks.first:
             return
         with files.replacing(self.journal.folder / f"checkpoint-{step}") as folder:
@@ -347,9 +350,9 @@ class Trainer:
     def summary(self) -> list[tuple[str, str]]:
         """What will run, as rows of a table."""
         s = self.settings
-        memory = self.weights.bytes(self.dtype, self.ranks.count if self.ranks.sharded else 1)
+        memory = self.weights.bytes(self.dtype, self.ranks.world_size if self.ranks.sharded else 1)
         batch = " + ".join([str(s.train_batch_size)] * len(self.sets))
-        batch += f" in each of {self.ranks.count} processes" * (self.ranks.count > 1)
+        batch += f" in each of {self.ranks.world_size} processes" * (self.ranks.world_size > 1)
         rows = [
             ("model", f"{self.pipe.source.name}, predicts {self.pipe.scheduler.prediction_type}"),
             ("trains", ", ".join(f"{name}, {size / 1e6:.1f} M parameters" for name, size in self.weights.sizes().items())),
@@ -363,7 +366,7 @@ class Trainer:
             rows.append(("", f"{len(self.prior.missing)} of them are drawn first, to {self.prior.folder}"))
         if self.skipped:
             rows.append(("skipped", ", ".join(path.name for path in self.skipped)))
-        notes = *s.notes(), *doubts(self.pipe.tokenizer, s.instance_prompt, s.class_prompt)
+        notes = *s.notes(), *prompt_warnings(self.pipe.tokenizer, s.instance_prompt, s.class_prompt)
         return rows + [("note", note) for note in notes]
 
 

@@ -103,10 +103,10 @@ class Weights:
     def learnt(self, ranks: Ranks) -> Learnt:
         """Whole on the first rank."""
         if not self.lora:
-            return {name: ranks.whole(network.state_dict()) for name, network in self.trained.items()}
+            return {name: ranks.gather(network.state_dict()) for name, network in self.trained.items()}
 
         def whole(x: Adapter) -> Adapter:
-            both = ranks.whole({"down": x.down, "up": x.up})
+            both = ranks.gather({"down": x.down, "up": x.up})
             return Adapter(both["down"], both["up"], x.alpha)
 
         return {name: {layer: whole(x) for layer, x in made.items()} for name, made in self.lora.items()}
@@ -118,7 +118,7 @@ class Weights:
             return
         for name, tensors in learnt.items():
             files.write_weights(folder / name / f"{COMPONENTS[name].stem}.safetensors", tensors)
-            (folder / name / "config.json").write_bytes(self.pipe.source.small[f"{name}/config.json"])
+            (folder / name / "config.json").write_bytes(self.pipe.source.small_files[f"{name}/config.json"])
 
     def write(self, learnt: Learnt, steps: int) -> None:
         """The result: the whole pipeline, or diffusers' file and kohya's of a LoRA."""

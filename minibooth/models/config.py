@@ -1,4 +1,4 @@
-"""What a folder's config.json says, as dataclasses: the fields we build from, and for every other key the one value we mean.
+"""What a folder's config.json says, as dataclasses: the fields we build from, and of other keys the one supported value.
 
 Defaults are those of the class that wrote the file (diffusers' UNet2DConditionModel and AutoencoderKL, transformers'
 CLIPConfig, ViTConfig), since published files leave out what equals the default of their day.
@@ -17,7 +17,7 @@ ATTENDS = {kind: kind.startswith("Cross") for kind in get_args(UNetBlock)}  # wh
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether a value is what a field's annotation says; a number is a size or a factor here, and never negative."""
+    """Whether a value is what a field's annotation says; whole numbers are at least 0, others above it and finite."""
     kinds = get_args(kind)
     if isinstance(kind, UnionType):
         return any(fits(value, each) for each in kinds)

@@ -1,6 +1,6 @@
-"""LoRA (Hu et al. 2021): a layer's weight W stays as it is, and W + scale * up @ down works in its place.
+"""LoRA (Hu et al. 2021): a layer's weight W stays as it is, and W + scale * up @ down is used in its place.
 
-A network changes in place: chosen layers turn into `LoRALinear` or `LoRAConv2d`, whose own weight and bias do not move, and
+A network changes in place: chosen layers turn into `LoRALinear` or `LoRAConv2d`, whose weight and bias keep their names, and
 which hold any number of adapters, of any ranks. A file never sees them: in a state_dict such a layer is the plain one that
 it amounts to, with the sum as its weight.
 

@@ -84,8 +84,8 @@ class Tokenizer:
         """The text's tokens without start, end and padding; a token that ends a word ends in `</w>`."""
         return self._encode(text).tokens
 
-    def cut(self, texts: Iterable[str]) -> Iterator[str]:
-        """A line for each text whose end is not read, for want of room, that says which end."""
+    def truncation_warnings(self, texts: Iterable[str]) -> Iterator[str]:
+        """A line for each different text that is longer than max_length, with the part that is not read."""
         for text in dict.fromkeys(texts):
             for start, _ in self._encode(text).offsets[self.max_length - 2 :][:1]:
                 yield f"a prompt is too long: {text[start:]!r} is not read"

@@ -30,7 +30,7 @@ class TimestepEmbedding(nn.Module):
 class UNet(nn.Module):
     """unet(x [B, C, h, w], t, context [B, N, D], *added) -> [B, 4, h, w]; t is a number, or one per sample [B].
 
-    What is `added` besides depends on the model; h and w are any.
+    added: what the model is conditioned on besides, as follows. h and w may be any.
 
     XL: the prompt as a whole, pooled [B, P], and sizes [B, 6]: height and width of the original picture, top and left of the
     crop, height and width to draw. Podell et al. 2023, section 2.2.
