@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from minibooth.diffusion.images import to_tensor
 from minibooth.dreambooth.data import INTERPOLATION, crop, find_pictures, open_picture
@@ -87,6 +87,19 @@ def test_a_picture_of_200_million_pixels_is_read(tmp_path, recwarn):
     Image.new("1", (16320, 12240)).save(tmp_path / "large.png")
     with Image.open(tmp_path / "large.png") as picture:
         assert picture.size == (16320, 12240) and not recwarn
+
+
+def test_colours_are_those_of_the_pictures_profile(tmp_path):
+    """Here of one that calls sRGB's red green; a profile of another kind, or a damaged one, says nothing."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = profile.replace("sRGB".encode("utf-16-be"), "RGB?".encode("utf-16-be"))
+    for red, green in ((b"rXYZ", b"gXYZ"), (b"rTRC", b"gTRC")):
+        swapped = swapped.replace(red, b"????").replace(green, red).replace(b"????", green)
+    picture, grey = noise(8, 8), ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    for i, (own, order) in enumerate([(profile, "rgb"), (swapped, "grb"), (grey, "rgb"), (b"damaged", "rgb"), (None, "rgb")]):
+        picture.save(tmp_path / f"{i}.png", icc_profile=own)
+        expected = np.asarray(picture, int)[..., ["rgb".index(channel) for channel in order]]
+        assert np.abs(np.asarray(open_picture(tmp_path / f"{i}.png"), int) - expected).max() <= (order == "grb")
 
 
 @pytest.mark.parametrize("files", [None, [], ["notes.txt"]])

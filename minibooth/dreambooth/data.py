@@ -1,10 +1,12 @@
-"""Pictures in: a folder's photographs, upright and in RGB, cut to squares (the 3-5 pictures of arXiv 2208.12242)."""
+"""Pictures in: a folder's photographs, upright and in sRGB, cut to squares (the 3-5 pictures of arXiv 2208.12242)."""
 
+import contextlib
+import io
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from minibooth.diffusion.images import to_rgb, to_tensor
@@ -57,16 +59,25 @@ def is_picture(path: Path) -> bool:
 
 
 def open_picture(path: Path) -> Image.Image:
-    """Decode a picture's first frame, upright, over white, as 8-bit RGB. Raises UserError if that cannot be done."""
+    """Decode a picture's first frame, upright, over white, as 8-bit sRGB. Raises UserError if that cannot be done."""
     try:
         with Image.open(path) as image:
             if image.format == "TIFF" and path.suffix.lower() in RAW:
                 raise ValueError("a camera's raw file")
-            return to_rgb(ImageOps.exif_transpose(image))
+            return in_srgb(to_rgb(ImageOps.exif_transpose(image)), image.info.get("icc_profile", b""))
     except Image.DecompressionBombError as error:
         raise UserError(f"picture {path} is too large; make it smaller ({error})") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on broken files
         raise UserError(f"cannot read picture {path} ({error}): convert it to JPEG or PNG, or remove it") from error
+
+
+def in_srgb(picture: Image.Image, profile: bytes) -> Image.Image:
+    """An RGB picture whose colours are by a profile, such as a telephone's Display P3; as it is, where that cannot be read."""
+    with contextlib.suppress(OSError, ImageCms.PyCMSError):
+        colours = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" not in ImageCms.getProfileDescription(colours):
+            return ImageCms.profileToProfile(picture, colours, ImageCms.createProfile("sRGB")) or picture
+    return picture
 
 
 def crop(
