@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import torch
 
-from minibooth.errors import UserError
+from minibooth.errors import Terminated, UserError
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"  # the repository's own models and pictures
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -39,8 +39,8 @@ def ready_torch() -> None:
 
 
 def terminate(number: int, frame: object) -> NoReturn:
-    """SIGTERM ends a command as Ctrl-C does."""
-    raise KeyboardInterrupt("SIGTERM")
+    """What SIGTERM does."""
+    raise Terminated
 
 
 def ready_process() -> None:
@@ -80,8 +80,8 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> NoReturn:
             raise
         status, words = 2, f"error: not enough memory: take a smaller size or batch; {str(error)[:200]}".removesuffix("; ")
     except KeyboardInterrupt as interrupt:
-        said = [word for word in interrupt.args if word != "SIGTERM"]
-        status, words = 143 if "SIGTERM" in interrupt.args else 130, ": ".join(["interrupted", *(said or interrupt.args)])
+        status, word = (143, "terminated") if isinstance(interrupt, Terminated) else (130, "interrupted")
+        words = ": ".join([word, *interrupt.args])
     print(f"minibooth.{Path(argv[0]).stem}:", *words.split(), file=sys.stderr)
     sys.exit(status)
 

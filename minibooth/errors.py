@@ -15,6 +15,10 @@ def refuse(problems: Mapping[str, object]) -> None:
             raise UserError(problem)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does."""
+
+
 @contextlib.contextmanager
 def blaming(name: object) -> Iterator[None]:
     """Any exception within is put down to what the file `name` holds: it ends in a UserError that names it.

@@ -121,10 +121,10 @@ def train(settings: Settings, ranks: Ranks) -> tuple[str, list[str]]:
             try:
                 run.train()
             except KeyboardInterrupt as interrupt:  # one that was not waited for says nothing of its own
-                if not {*interrupt.args} <= {"SIGTERM"}:
+                if interrupt.args:
                     raise
                 latest = " and --resume_from_checkpoint latest" * bool(run.journal.has("run.json"))
-                raise KeyboardInterrupt(f"go on with the same command{latest}", *interrupt.args) from None
+                raise type(interrupt)(f"go on with the same command{latest}") from None
     lora = [settings.pretrained_model_name_or_path, settings.output_dir]
     return run.stage.draw_command.format(*settings.noise_levels), lora if settings.rank else [str(run.weights.result)]
 

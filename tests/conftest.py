@@ -6,6 +6,7 @@ what `copy_of(folder)` gives. `checkpoint` is either of the first two in turn.
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ from minibooth.models.config import CLIPTextConfig, UNetConfig, VAEConfig
 from minibooth.models.unet import UNet
 from minibooth.models.vae import VAE
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background: what tests of Ctrl-C start would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # more only wait for each other: an operation of these networks takes microseconds
 
 START, END = "<|startoftext|>", "<|endoftext|>"

@@ -85,7 +85,7 @@ def test_sigterm_cleans_up_as_ctrl_c_does(tmp_path, capsys):
             command.run(main, ["convert.py"])
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert capsys.readouterr().err == "minibooth.convert: interrupted: SIGTERM\n"
+    assert capsys.readouterr().err == "minibooth.convert: terminated\n"
     assert not list(tmp_path.iterdir())
 
 

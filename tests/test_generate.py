@@ -16,7 +16,7 @@ import minibooth
 from minibooth import __main__, command, drawing, evaluate, generate, upscale
 from minibooth.diffusion.samplers import SAMPLERS
 from minibooth.diffusion.text_to_image import StableDiffusion
-from minibooth.errors import UserError
+from minibooth.errors import Terminated, UserError
 
 
 @pytest.fixture
@@ -196,7 +196,7 @@ def test_a_run_ends_as_a_process_should(capsys):
     ends = [
         (UserError("a\nb"), 2, "a b"),
         (KeyboardInterrupt(), 130, "interrupted"),
-        (KeyboardInterrupt("SIGTERM"), 143, "interrupted: SIGTERM"),
+        (Terminated(), 143, "terminated"),
         (OSError(28, "full", "x"), 2, "full: x"),
         (OSError(36, "File name too long", "new", None, "x"), 2, "File name too long: x"),
         (OSError(2, "No such file", "x\udcff"), 2, "No such file: x\\udcff"),

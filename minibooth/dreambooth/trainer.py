@@ -42,7 +42,7 @@ from minibooth.dreambooth.parallel import Ranks
 from minibooth.dreambooth.prior import ClassPictures
 from minibooth.dreambooth.settings import Settings
 from minibooth.dreambooth.weights import Learnt, Weights
-from minibooth.errors import UserError
+from minibooth.errors import Terminated, UserError
 
 OFFSET_NOISE = 0.1  # Guttenberg 2023, "Diffusion with offset noise"
 
@@ -94,21 +94,28 @@ class Trainer:
 
     def prepare(self) -> None:
         """Everything before the first step: class pictures, networks in place, encoded prompts and pictures, the optimizer."""
-        s = self.settings
-        if s.with_prior_preservation and self.prior.missing:
-            self.ranks.wait()  # until all know what is missing
-            pipe = load(self.pipe.source, self.prior_dtype, self.device)
-            speed.draw_faster(pipe, s, self.device)
-            self.prior.draw(pipe, self.ranks.rank, self.ranks.world_size)
-            del pipe
-            gc.collect()  # the UNet and its Graph hold each other: nothing else frees their memory
-            self.ranks.wait()
+        if self.settings.with_prior_preservation and self.prior.missing:
+            self.draw_class_pictures()
         self.weights.place(self.device, self.dtype)
         if not self.ranks.sharded:
             speed.channels_last(self.pipe.unet, self.device)
         self.networks = self.ranks.join(self.trained, self.dtype)
         self.encode()
-        groups = self.weights.groups()
+        self.make_optimizer()
+
+    def draw_class_pictures(self) -> None:
+        """Those that are missing, by the model before its training; each rank draws a part."""
+        self.ranks.wait()  # until all know what is missing
+        pipe = load(self.pipe.source, self.prior_dtype, self.device)
+        speed.draw_faster(pipe, self.settings, self.device)
+        self.prior.draw(pipe, self.ranks.rank, self.ranks.world_size)
+        del pipe
+        gc.collect()  # the UNet and its Graph hold each other: nothing else frees their memory
+        self.ranks.wait()
+
+    def make_optimizer(self) -> None:
+        """AdamW for what trains, in the checkpoint's state; its update compiled, and a whole step recorded, where that pays."""
+        s, groups = self.settings, self.weights.groups()
         betas = s.adam_beta1, s.adam_beta2
         self.optimizer = AdamW(groups, betas, s.adam_epsilon, s.adam_weight_decay, s.use_8bit_adam, self.seed, s.max_grad_norm)
         if s.fused_backward_pass:
@@ -390,5 +397,5 @@ def interrupts() -> Iterator[list[int]]:
 
 
 def interruption(words: str, caught: Sequence[int]) -> KeyboardInterrupt:
-    """What ends a run that caught these signals: with SIGTERM as a second word, where that is one."""
-    return KeyboardInterrupt(words, *["SIGTERM"] * (signal.SIGTERM in caught))
+    """What ends a run that caught these signals."""
+    return (Terminated if signal.SIGTERM in caught else KeyboardInterrupt)(words)
