@@ -20,7 +20,7 @@ from minibooth.dreambooth.journal import words_of
 from minibooth.dreambooth.parallel import Ranks
 from minibooth.dreambooth.settings import WITHOUT_EFFECT, Settings
 from minibooth.dreambooth.trainer import Trainer
-from minibooth.errors import UserError
+from minibooth.errors import UserError, blaming
 
 # The run on the repository's own small model, where neither a model nor photographs are named.
 EMBEDDED: dict[str, typing.Any] = dict(
@@ -129,6 +129,13 @@ def train(settings: Settings, ranks: Ranks) -> tuple[str, list[str]]:
     return run.stage.draw_command.format(*settings.noise_levels), lora if settings.rank else [str(run.weights.result)]
 
 
+def seed_of(*runs: Settings) -> int:
+    """That of the first of these runs which has begun, by its run.json."""
+    path = next(path for run in runs if (path := Path(run.output_dir) / "run.json").is_file())
+    with blaming(path):
+        return files.read_json(path)["settings"]["seed"]
+
+
 def main(argv: Sequence[str]) -> None:
     """Train as the command line says, and leave the result in --output_dir."""
     given = given_flags(argv)
@@ -138,10 +145,11 @@ def main(argv: Sequence[str]) -> None:
     with parallel.start(settings, command.device(settings.device)) as ranks, ranks.guard(settings.output_dir):
         for later in steps[1:]:
             trainer(later, ranks)  # what would stop it is to be known now
-        seed, ends = settings.seed, []
+        ends: list[tuple[str, list[str]]] = []
         for each in steps:
-            ends.append(train(dataclasses.replace(each, seed=seed), ranks))
-            seed = files.read_json(Path(each.output_dir) / "run.json")["settings"]["seed"]  # drawn once, for both steps
+            if ends and settings.seed is None:  # drawn once, for both steps
+                each.seed = ranks.broadcast(seed_of(each, settings) if ranks.first else 0)
+            ends.append(train(each, ranks))
         (use, *_), (model, *upscaler) = zip(*ends, strict=True)
         if settings.push_to_hub and ranks.first:
             print(f"uploaded to {hub.push(settings)}")

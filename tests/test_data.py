@@ -95,8 +95,8 @@ def test_colours_are_those_of_the_pictures_profile(tmp_path):
     swapped = profile.replace("sRGB".encode("utf-16-be"), "RGB?".encode("utf-16-be"))
     for red, green in ((b"rXYZ", b"gXYZ"), (b"rTRC", b"gTRC")):
         swapped = swapped.replace(red, b"????").replace(green, red).replace(b"????", green)
-    picture, grey = noise(8, 8), ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
-    for i, (own, order) in enumerate([(profile, "rgb"), (swapped, "grb"), (grey, "rgb"), (b"damaged", "rgb"), (None, "rgb")]):
+    picture, lab = noise(8, 8), ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    for i, (own, order) in enumerate([(profile, "rgb"), (swapped, "grb"), (lab, "rgb"), (b"damaged", "rgb"), (None, "rgb")]):
         picture.save(tmp_path / f"{i}.png", icc_profile=own)
         expected = np.asarray(picture, int)[..., ["rgb".index(channel) for channel in order]]
         assert np.abs(np.asarray(open_picture(tmp_path / f"{i}.png"), int) - expected).max() <= (order == "grb")

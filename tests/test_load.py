@@ -281,7 +281,6 @@ BROKEN = {
         lambda folder: (weights(folder, "unet").unlink(), weights(folder, "unet").symlink_to("gone")),
         "safetensors is missing$",
     ),
-    "dropout": (saying("text_encoder/config.json", attention_dropout=0.1), "attention_dropout=0.1"),
     "times": (saying("scheduler/scheduler_config.json", timestep_type="continuous"), "timestep_type='continuous'"),
 }
 

@@ -140,6 +140,10 @@ def test_both_steps_in_one_command(x4, tmp_path, capsys):
         assert (folder / "samples" / "before-after.png").is_file()
     seeds = {json.loads((place / "run.json").read_text())["settings"]["seed"] for place in (folder, folder.parent)}
     assert len(seeds) == 1 and None not in seeds  # the command in run.json repeats both
+    later = (folder / "run.json").read_text().replace(f'"seed": {seeds.pop()}', '"seed": 7')  # as earlier versions drew two
+    (folder / "run.json").write_text(later)
+    assert run(["--device=cpu", *words, "--resume_from_checkpoint=latest"]) == 0
+    assert capsys.readouterr().out.count("nothing is left to do") == 2
 
 
 @pytest.mark.parametrize(

@@ -242,6 +242,14 @@ def test_a_run_that_died_between_its_result_and_its_last_word_can_go_on(form, tm
     assert json.loads(path.read_text())["finished"] and (not whole or same_bits(weights(tmp_path / "output"), whole))
 
 
+def test_a_run_goes_on_from_its_checkpoint_whatever_became_of_run_json(tmp_path):
+    whole = train(small(tmp_path, checkpointing_steps=1))
+    stopped = stopped_after(whole, step=3, name="stopped")
+    (stopped / "run.json").write_text("{")
+    goes_on = small(tmp_path, checkpointing_steps=1, output_dir=str(stopped), resume_from_checkpoint="latest")
+    assert same_bits(weights(train(goes_on)), weights(whole))
+
+
 def test_a_folder_has_one_run_at_a_time(tmp_path):
     with trainer(small(tmp_path)).journal.locked(), pytest.raises(UserError, match="another run is going on in"):
         trainer(small(tmp_path)).journal.locked().__enter__()

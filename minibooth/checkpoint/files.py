@@ -217,7 +217,7 @@ def replacing(path: Path, merge: bool = False) -> Iterator[Path]:
     merge = merge and path.is_dir()
     parent = path if merge else path.parent  # a folder may be a mount: what moves into it must be made in it
     parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name[:60]}.", dir=parent))
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name[:200]}.", dir=parent))
     new = scratch / "new"
     try:
         yield new

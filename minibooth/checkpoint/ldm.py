@@ -232,7 +232,7 @@ def open_file(path: Path, ema: bool = False) -> tuple[files.View, dict[str, str]
     names = {bare.sub(".transformer.text_model.", name): name for name in tensors}
     if not any(name.startswith(f"{UNET}label_emb.") for name in names):  # no XL, but an SD 1 or 2 as XL's program names it
         names = {re.sub(r"^conditioner\.embedders\.0\.", "cond_stage_model.", name): own for name, own in names.items()}
-    if twice := set(tensors) - {*names.values()}:
+    if twice := {name for name in tensors if not name.endswith("position_ids")} - {*names.values()}:
         raise UserError(f"{path} has {min(twice)} under a second name, too: remove the wrong one")
     if ema:
         averages = {name: f"model_ema.{name[len('model.') :].replace('.', '')}" for name in names if name.startswith(UNET)}

@@ -158,7 +158,7 @@ def dpmpp_2m(predict: Predict, x: Tensor, scheduler: DDPMScheduler, steps: int, 
     sigmas = [levels[t] for t in times]
     if scheduler.use_karras_sigmas:
         between, sigmas = _karras(levels[-1], levels[0], steps, levels)
-        times = [round(t) for t in between]
+        times = [round(t) for t in between]  # diffusers does not with squaredcos_cap_v2, which no Stable Diffusion has
     previous, h_previous = None, 0.0
     for t, sigma, end in zip(times, sigmas, [*sigmas[1:], 0.0], strict=True):
         a_t, a_s = 1 / (1 + sigma**2), 1 / (1 + end**2)

@@ -88,9 +88,7 @@ class StableDiffusionXL(StableDiffusion):
     def __init__(self, source: Source, dtype: torch.dtype, device: torch.device | str):
         super().__init__(source, dtype, device)
         self.tokenizer_2 = source.tokenizer("tokenizer_2")
-        pooled = getattr(self.text_encoder_2, "text_projection", self.text_encoder_2.text_model.final_layer_norm).weight.shape[
-            0
-        ]
+        pooled = len(getattr(self.text_encoder_2, "text_projection", self.text_encoder_2.text_model.final_layer_norm).weight)
         sizes, whole = 6 * self.unet.config.addition_time_embed_dim, self.unet.config.projection_class_embeddings_input_dim
         if pooled + sizes != whole:
             raise UserError(f"{source.name}: text_encoder_2 and sizes give {pooled} + {sizes} numbers, the UNet takes {whole}")

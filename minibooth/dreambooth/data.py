@@ -73,7 +73,7 @@ def open_picture(path: Path) -> Image.Image:
 
 def in_srgb(picture: Image.Image, profile: bytes) -> Image.Image:
     """An RGB picture whose colours are by a profile, such as a telephone's Display P3; as it is, where that cannot be read."""
-    with contextlib.suppress(OSError, ImageCms.PyCMSError):
+    with contextlib.suppress(ImportError, OSError, ImageCms.PyCMSError):  # some Pillows lack littlecms
         colours = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if "sRGB" not in ImageCms.getProfileDescription(colours):
             return ImageCms.profileToProfile(picture, colours, ImageCms.createProfile("sRGB")) or picture

@@ -58,7 +58,7 @@ class Journal:
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"--output_dir {self.folder} is a file")
         asked, begun, done = settings.resume_from_checkpoint, self.has("run.json"), self.has(*RESULTS)
-        run = files.read_json(begun[0]) if begun and asked else {}
+        run = files.read_json(begun[0]) if begun and done and asked else {}
         same = self.is_same_run(run)
         self.finished = asked == "latest" and bool(done and same and run.get("finished"))
         resumed, own = self.to_resume(), {path.resolve() for _, path in self.checkpoints()}

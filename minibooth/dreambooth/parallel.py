@@ -30,8 +30,12 @@ WAIT = timedelta(hours=2)  # for another process, such as the one that writes a 
 BLOCKS = ResnetBlock | Transformer | Upsample | Layer  # what is sharded, or computed again, as one
 
 
-class Networks(nn.ModuleDict):
+class Networks(nn.Module):
     """The networks that train, as one: networks(f, *args) is f(*args), which calls them as it likes."""
+
+    def __init__(self, networks: Mapping[str, nn.Module]):
+        super().__init__()
+        self.networks = nn.ModuleDict(networks)  # which FSDP2 of torch 2.11 does not take for a network itself
 
     def forward(self, f: Any, *args: Any) -> Any:
         return f(*args)

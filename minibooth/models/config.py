@@ -124,7 +124,6 @@ class VAEConfig(Config):
 class TransformerConfig(Config):
     """What the encoders of text and of pictures share; transformers writes many more keys that say nothing here."""
 
-    NEUTRAL = dict(attention_dropout=0.0)
     SECTION: ClassVar[str] = ""  # where a whole CLIP model's config.json says it
     CAUSAL: ClassVar[bool] = False  # whether a token sees only those before it
 
@@ -139,8 +138,7 @@ class TransformerConfig(Config):
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
         """Reads the section of a whole CLIP model too."""
         config = config.get(cls.SECTION) or config
-        known = [*cls.NEUTRAL, *(f.name for f in dataclasses.fields(cls))]
-        return super().from_dict({name: config[name] for name in known if name in config})
+        return super().from_dict({f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config})
 
 
 @dataclasses.dataclass(frozen=True)
