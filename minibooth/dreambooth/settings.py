@@ -161,7 +161,7 @@ class Settings:
         said = {name: own["help"] for name, own in known.items() if name in WITHOUT_EFFECT}
         lacking = {name: own["needs"] for name, own in known.items() if own.get("needs", name) not in given}
         said |= {name: f"without effect: add --{other}" for name, other in lacking.items()}
-        if self.class_prompt and not self.with_prior_preservation:
+        if self.class_prompt and not self.with_prior_preservation and self.stage != "super_resolution":
             said["class_prompt"] = f"no class pictures are trained on: add --{PRIOR}"
         copied = not self.rank and any("lora" in own for own in known.values())
         notes = [f"--{name}: {help}" for name, help in said.items()]
