@@ -121,13 +121,9 @@ def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def measure(
-    real: Sequence[Image.Image],
-    drawn: Sequence[Drawings],
-    of_class: Drawings,
-    clip: Encoder | None,
-    dino: Encoder | None,
+    real: Sequence[Image.Image], drawn: Sequence[Drawings], of_class: Drawings, clip: Encoder | None, dino: Encoder | None,
     lpips: Any,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """The figures of a subject, of each of its prompts, and of its real pictures; those that lack an encoder are left out."""
     eyes = {column: eye for column, eye in {"DINO": dino, "CLIP-I": clip}.items() if eye}
     known = {column: eye.images(real) for column, eye in eyes.items()}

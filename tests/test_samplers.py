@@ -116,16 +116,11 @@ def test_a_sampler_is_what_its_name_says_whichever_solver_the_file_was_saved_wit
     assert torch.equal(first, second)
 
 
-def test_pndm_ends_at_the_first_alpha_unless_the_file_says_otherwise():
-    """Whichever class wrote it, as diffusers' of that name does."""
-    settings = {key: value for key, value in config().items() if key != "set_alpha_to_one"} | {"_class_name": "DDIMScheduler"}
-    assert parity("pndm", settings, 10) < 1e-5
-
-
-def test_ddim_ends_at_one_unless_the_file_says_otherwise():
-    """Whichever class wrote it, as diffusers' of that name does."""
-    settings = {key: value for key, value in config().items() if key != "set_alpha_to_one"} | {"_class_name": "PNDMScheduler"}
-    assert parity("ddim", settings, 10) < 1e-5
+@pytest.mark.parametrize(("name", "writer"), [("pndm", "DDIMScheduler"), ("ddim", "PNDMScheduler")])
+def test_a_last_alpha_that_the_file_leaves_out_is_the_samplers_own(name, writer):
+    """Pndm's is the first of the schedule, ddim's 1, whichever class wrote the file."""
+    settings = {key: value for key, value in config().items() if key != "set_alpha_to_one"} | {"_class_name": writer}
+    assert parity(name, settings, 10) < 1e-5
 
 
 @pytest.mark.parametrize("eta", [0.3, 1.0])

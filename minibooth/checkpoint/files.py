@@ -111,14 +111,19 @@ class View(Mapping[str, Tensor]):
         return View(meta(self._tensors), self._recipes)
 
 
-def renamed(tensors: Mapping[str, Tensor], names: Iterable[tuple[str, str]]) -> View:
-    """Tensors under other names: (name here, name there). Raises UserError where two have the same here."""
-    recipes: dict[str, Recipe] = {}
+def renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> View:
+    """Tensors under other names: {name here: name there}."""
+    return View(tensors, {name: operator.itemgetter(there) for name, there in names.items()})
+
+
+def distinct(names: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """(name here, name there) as `renamed` takes them. Raises UserError where two have the same name here."""
+    found: dict[str, str] = {}
     for name, there in names:
-        if name in recipes:
+        if name in found:
             raise UserError(f"{name} is there twice, also as {there}: remove the wrong one")
-        recipes[name] = operator.itemgetter(there)
-    return View(tensors, recipes)
+        found[name] = there
+    return found
 
 
 def meta(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

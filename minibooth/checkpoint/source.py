@@ -123,15 +123,14 @@ class Source:
         if tokenizer:
             self._take(vocabulary(path, tokenizer))
         if prediction_type:
-            self.small_files[SCHEDULE] = json.dumps(
-                self.json(SCHEDULE) | {"prediction_type": prediction_type}, indent=2
-            ).encode()
+            schedule = self.json(SCHEDULE) | {"prediction_type": prediction_type}
+            self.small_files[SCHEDULE] = json.dumps(schedule, indent=2).encode()
         having = [name for name in KINDS[self.kind] if variant in variants(folder, name)]
         for name in KINDS[self.kind]:  # where one has the variant, others may lack it
             tensors = files.weights_of(folder / name, COMPONENTS[name].stem, variant if name in having or not having else None)
-            names = [(published_name(key), key) for key in tensors if not DROPPED.search(key)]
             with blaming(folder / name):
-                self.weights[name] = files.renamed(tensors, names)
+                names = files.distinct((published_name(key), key) for key in tensors if not DROPPED.search(key))
+            self.weights[name] = files.renamed(tensors, names)
         return self
 
     @classmethod
@@ -144,9 +143,8 @@ class Source:
             own = {name: text for name, text in own.items() if not name.startswith("tokenizer")}
         self = cls(str(path), ldm.describe(path, shapes, known or "epsilon", own), metadata=metadata)
         if words := {name: text.encode() for name, text in own.items() if OF_TOKENIZER.fullmatch(name)}:
-            self.small_files = {
-                name: data for name, data in self.small_files.items() if not name.startswith("tokenizer")
-            } | words
+            others = {name: data for name, data in self.small_files.items() if not name.startswith("tokenizer")}
+            self.small_files = others | words
         else:
             self._take(vocabulary(path, tokenizer))
         places = {name: self.places(name) for name in KINDS[self.kind]}
@@ -155,7 +153,7 @@ class Source:
         rest = [name for name in tensors if name not in used]
         if unknown := [name for name in rest if name.startswith(ldm.UNET) or "scale_weight" in name]:
             raise UserError(f"{path} has unexpected {unknown[0]} and {len(unknown) - 1} more; supported: {ldm.SUPPORTED}")
-        self.rest = files.renamed(tensors, zip(rest, rest, strict=True))
+        self.rest = files.renamed(tensors, {name: name for name in rest})
         if not known:
             self.small_files |= ldm.describe(path, shapes, self.infer_prediction_type(), own)
         return self
@@ -260,8 +258,7 @@ class Source:
     def _save_file(self, path: Path, states: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype | None) -> None:
         places, schedule = {name: self.places(name) for name in states}, self.json(SCHEDULE)
         marks = ldm.marks(schedule) if self.kind == "StableDiffusionXLPipeline" else {}
-        kept = [name for name in self.rest if name not in ldm.MARKS or name in marks]
-        rest = files.renamed(self.rest, zip(kept, kept, strict=True)), marks
+        rest = files.renamed(self.rest, {name: name for name in self.rest if name not in ldm.MARKS or name in marks}), marks
 
         def whole(parts: Mapping[str, Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
             return ChainMap(*(ldm.write(places[name], part) for name, part in parts.items()), *rest)  # type: ignore[arg-type]

@@ -53,8 +53,8 @@ class Pipeline:
         if channels != self.channels + self.extra_channels:
             kind = "an inpainting model" if channels == 9 else f"not {self.kind}"
             raise UserError(f"{source.name} is {kind}: its UNet takes {channels} channels")
-        texts: list[Any] = [network for name, network in self.networks.items() if name.startswith("text_encoder")]
-        wide, known = self.unet.config.cross_attention_dim, [text.config.hidden_size for text in texts]
+        self.texts = [name for name in source.weights if name.startswith("text_encoder")]
+        wide, known = self.unet.config.cross_attention_dim, [getattr(self, name).config.hidden_size for name in self.texts]
         if sum(known) != wide:
             raise UserError(f"{source.name}: its UNet attends to states of {wide} numbers, its text encoders give {known}")
         with blaming(f"{source.name}/{SCHEDULE}"):

@@ -64,7 +64,8 @@ def open_picture(path: Path) -> Image.Image:
         with Image.open(path) as image:
             if image.format == "TIFF" and path.suffix.lower() in RAW:
                 raise ValueError("a camera's raw file")
-            return in_srgb(to_rgb(ImageOps.exif_transpose(image)), image.info.get("icc_profile", b""))
+            picture, profile = to_rgb(ImageOps.exif_transpose(image)), image.info.get("icc_profile")
+            return in_srgb(picture, profile) if profile else picture
     except Image.DecompressionBombError as error:
         raise UserError(f"picture {path} is too large; make it smaller ({error})") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on broken files

@@ -31,18 +31,14 @@ from minibooth.errors import UserError
 RESULTS = (INDEX, DIFFUSERS, "{}.safetensors")  # of which a finished run leaves one; {}: the folder's name
 PARTS = "unet", "vae", "text_encoder*", "tokenizer*", "scheduler", "low_res_scheduler"  # a pipeline's folders
 SAME = (
-    "rank",
-    "lora_alpha",
-    "lora_targets",
-    "train_text_encoder",
-    "use_8bit_adam",
-    "full_bf16",
-    "instance_prompt",
+    "rank", "lora_alpha", "lora_targets", "train_text_encoder", "use_8bit_adam", "full_bf16", "instance_prompt",
     "prediction_type",
-)
+)  # fmt: skip
 NAMED = "pretrained_model_name_or_path", "instance_data_dir"  # the same by their last name, wherever they lie by now
 # What a run would overwrite.
 TAKEN = ("run.json", "metrics.jsonl", "report.html", "checkpoint-*", "samples/step-*.png", *PARTS, *RESULTS)
+# What a killed run was writing.
+HALF = (*(f".{name}.????????" for name in (*TAKEN, "{}")), "samples/.*.????????", "class/drawn-*/.*.????????")
 # Settings on which no result depends.
 FREE = {"resume_from_checkpoint", "hub_token", "hub_model_id", "push_to_hub", "checkpoints_total_limit", "upscaler"}
 
@@ -113,10 +109,7 @@ class Journal:
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }
         self.note(finished=False)
-        scratch = "samples/.*.????????", "class/drawn-*/.*.????????"
-        for unfinished in self.has(
-            *(f".{name}.????????" for name in (*TAKEN, "{}")), *scratch
-        ):  # what a killed run was writing
+        for unfinished in self.has(*HALF):
             shutil.rmtree(unfinished, ignore_errors=True)
         for number, path in grids(self.folder):
             if not step or number > step:

@@ -145,7 +145,7 @@ class Trainer:
         if not s.train_text_encoder:
             self.condition = pipe.encode(*self.tokens)
             self.validation = self.validation_conditions()
-            for name in self.weights.texts:
+            for name in pipe.texts:
                 pipe.release(name)
         batches = range(self.start * s.gradient_accumulation_steps, self.steps * s.gradient_accumulation_steps)
         for latents in self.sets:

@@ -36,8 +36,7 @@ class Weights:
         folder = Path(settings.output_dir)
         self.file = folder / f"{folder.resolve().name}.safetensors"  # kohya's LoRA, or the whole pipeline as one
         self.result = self.file if settings.output_format == "single" else folder  # to draw with
-        self.texts = [name for name in pipe.networks if name.startswith("text_encoder")]
-        trained = ["unet", *self.texts] if settings.train_text_encoder else ["unet"]
+        trained = ["unet", *pipe.texts] if settings.train_text_encoder else ["unet"]
         self.trained: dict[str, nn.Module] = {name: getattr(pipe, name) for name in trained}
         self.lora = {name: self.adapters(name) for name in self.trained if settings.rank}
         if resumed and not settings.rank:

@@ -51,7 +51,8 @@ class Tokenizer:
             merges = [line for line in merges if line and not line.startswith("#version")]
 
         if "added_tokens_decoder" in config:
-            added = [token for _, token in sorted(config["added_tokens_decoder"].items(), key=lambda each: int(each[0]))]
+            by_id = config["added_tokens_decoder"]
+            added = [by_id[id] for id in sorted(by_id, key=int)]
         else:  # the older way, in which the map overrules the configuration
             later = sorted(parsed("added_tokens.json").items(), key=operator.itemgetter(1))  # by id
             added = whole.get("added_tokens") or [{"content": token, "normalized": True} for token, _ in later]
