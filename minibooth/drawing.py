@@ -21,7 +21,7 @@ from minibooth.dreambooth import speed
 from minibooth.dreambooth.journal import numbered
 from minibooth.errors import UserError
 
-# The samplers as AUTOMATIC1111's web interface calls them, which reads a picture's settings from its "parameters".
+# The samplers as AUTOMATIC1111's web interface calls them (but ddpm), which reads a picture's settings from its "parameters".
 A1111 = {
     "ddpm": "DDPM", "ddim": "DDIM", "pndm": "PLMS", "euler": "Euler", "euler_a": "Euler a", "dpmpp_2m": "DPM++ 2M",
 }  # fmt: skip

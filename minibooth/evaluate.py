@@ -1,8 +1,8 @@
 """Measure a model as the DreamBooth paper does: draw its prompts, and compare with the subject's photographs.
 
-Ruiz et al. 2022, sections 4.1 to 4.3; `dreambooth/metrics.py` says what the figures mean. The output folder gets one for the
-subject, with a folder for each prompt (`dreambooth/prior.py`: what is there is not drawn again) and results.json. The table
-shows every subject in the output folder, so the paper's thirty are thirty runs into one, and the paper's own figures below.
+Ruiz et al. 2022, sections 4.1 to 4.3; `dreambooth/metrics.py` says what the figures mean. The subject gets a folder in
+the output folder, and in it one for each prompt (`dreambooth/prior.py`: what is there is not drawn again) and results.json. The
+table shows every subject there, so the paper's thirty are thirty runs into one, and the paper's own figures below.
 """
 
 import argparse
@@ -31,13 +31,13 @@ from minibooth.errors import UserError, blaming
 from minibooth.train import EMBEDDED
 
 COLUMNS = ("DINO", "CLIP-I", "CLIP-T", "PRES", "DIV")
-PAPER = {  # tables 1 and 3: 30 subjects, 25 prompts, 4 pictures of each
+PAPER = {  # table 1: 30 subjects, 25 prompts, 4 pictures of each; table 3: Imagen on 15 of them
     "paper: real pictures": (0.774, 0.885),
     "paper: DreamBooth, Imagen": (0.696, 0.812, 0.306),
     "paper: DreamBooth, Stable Diffusion": (0.668, 0.803, 0.305),
     "paper: Textual Inversion, Stable Diffusion": (0.569, 0.780, 0.255),
-    "paper: with prior preservation": (0.684, 0.815, 0.308, 0.493, 0.391),
-    "paper: without prior preservation": (0.712, 0.828, 0.306, 0.664, 0.371),
+    "paper: Imagen with prior preservation": (0.684, 0.815, 0.308, 0.493, 0.391),
+    "paper: Imagen without it": (0.712, 0.828, 0.306, 0.664, 0.371),
 }
 TINY_EYES = {"clip": str(drawing.WEIGHTS / "tiny-clip"), "dino": "none"}  # PUBLISHED, for the embedded model
 PROMPTS = Path(__file__).with_name("prompts_and_classes.txt")  # 20 places or outfits and 5 looks, as the paper has them

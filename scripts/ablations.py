@@ -2,7 +2,8 @@
 
     python scripts/ablations.py --judge DIR --out DIR
 
-Ruiz et al. 2022, sections 4.2 and 4.3. Each row is a variant's mean over its runs, and their standard deviation:
+Ruiz et al. 2022, section 4.3, and the supplement's figure 20 for the number of pictures. Each row is a variant's mean over its
+runs, and their standard deviation:
 
     subject   share of pictures of ten new prompts in which the judge sees the subject: its class and its marks
     place     share of them that show the place asked for

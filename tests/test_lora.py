@@ -552,7 +552,7 @@ def test_what_training_leaves(alpha, shown, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "name, version, v2, texts",
-    [("sd2", "sd_v2", "True", {"lora_te"}), ("sdxl", "sdxl_base_v1-0", "False", {"lora_te1", "lora_te2"})],
+    [("sd2", "sd_v2_v", "True", {"lora_te"}), ("sdxl", "sdxl_base_v1-0", "False", {"lora_te1", "lora_te2"})],
 )
 def test_other_models_train_too(name, version, v2, texts, request, tmp_path):
     model = request.getfixturevalue(name)

@@ -252,7 +252,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def hash_of(tensors: Mapping[str, Tensor]) -> str:
-    """A short fingerprint of weights, from a thousand values of each tensor, so that it is quick at any size."""
+    """A short fingerprint of weights, from one or two thousand values of each tensor, so that it is quick at any size."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         flat = tensors[name].detach().flatten()

@@ -73,7 +73,7 @@ SUPPORTED = "single files of Stable Diffusion 1, 2, XL (base) and x4"
 OTHERS = {9: "an inpainting model", 8: "an InstructPix2Pix or video model"}  # by the UNet's input channels
 ALIKE = {"edm_mean": "Playground v2.5", "edm_vpred.sigma_max": "CosXL", "noise_augmentor.betas": "an unCLIP model"}  # by a key
 LORA = re.compile(r"^lora_(unet|te\d?)_|\.lora_?([AB]|down|up)\b|[._]lora\.(down|up)\.|\.lora_linear_layer\.")
-LINEAR = ".model.text_projection.weight"  # as diffusers' script for XL writes it, like a linear layer's
+LINEAR = ".model.text_projection.weight"  # as diffusers' script for XL wrote it until 2024, like a linear layer's
 SD2_LAYERS = 23  # of its text encoder's 24 that anything is made of, and that the published folders hold
 END = 49407  # CLIP's end token; behind it are tokens that were added
 HEAD = 64  # width of an attention head, where the number of heads is not 8
@@ -277,7 +277,7 @@ def recognise(path: Path, file: Mapping[str, Tensor]) -> str:
 
 
 def predicts(file: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str | None:
-    """Its prediction type as far as anything says so: ComfyUI's key, kohya's metadata; None for a silent SD 2."""
+    """Its prediction type as far as anything says so: ComfyUI's key or metadata, kohya's metadata; None for a silent SD 2."""
     said = metadata.get("modelspec.prediction_type") or metadata.get("modelspec.predict_key") or ""
     if "v_pred" in file or said.startswith("v") or (said != "epsilon" and f"{UNET}label_emb.weight" in file):  # x4
         return "v_prediction"

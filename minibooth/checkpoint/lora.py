@@ -3,7 +3,7 @@
     diffusers   unet.mid_block.attentions.0.proj_in.lora_A.weight                  .lora_B.weight
     kohya       lora_unet_mid_block_attentions_0_proj_in.lora_down.weight          .lora_up.weight      .alpha
 
-Kohya's names do not tell a dot from an underscore, and his for XL's UNet are the LDM layout's: both are looked up among the
+Kohya's names do not tell a dot from an underscore, and for XL's UNet they are the LDM layout's: both are looked up among the
 names of our own networks' layers, never guessed. A layer's update is alpha / rank * up @ down. A missing alpha means the
 rank, as kohya's own reader (networks/lora.py, create_network_from_weights), diffusers, A1111 and ComfyUI take it.
 """

@@ -27,7 +27,7 @@ def load(
 
     StableDiffusion(XL) or StableDiffusionUpscale, as the checkpoint says; any other than `wanted` is refused.
 
-    dtype: of weights and computing. On a CPU without units for it PyTorch is slow in bf16 and hopeless in fp16: take float32,
+    dtype: of weights and computing. On a CPU without units for it PyTorch is slow in bf16 and far slower in fp16: take float32,
     or a command, which sees to that (dreambooth/speed.py). variant: the infix of the files to read, such as fp16.
     prediction_type: overrules the checkpoint's "epsilon" or "v_prediction". revision: the hub's branch, tag or commit.
     tokenizer: a folder with CLIP's vocabulary, which single files of others lack. ema: of a single file, the averaged weights.

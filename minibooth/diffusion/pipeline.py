@@ -62,7 +62,7 @@ class Pipeline:
         self.tokenizer = source.tokenizer()
 
     def precision(self, name: str, dtype: torch.dtype) -> torch.dtype:
-        """Of a network, where others are in `dtype`: fp32 for a VAE that overflows in fp16."""
+        """Of one network, when the others are in `dtype`: fp32 for a VAE that overflows in fp16."""
         overflows = name == "vae" and dtype == torch.float16 and not self.half_vae and self.source.config("vae").force_upcast
         return torch.float32 if overflows else dtype
 
@@ -120,7 +120,9 @@ class Pipeline:
         return self.condition(negative_prompts or [""])
 
     def guided(self, conditions: Sequence[Condition], guidance_scale: float) -> Predict:
-        """What the UNet predicts, led from the first of one or two conditions to the last. Ho & Salimans 2022, eq. 6."""
+        """What the UNet predicts, led from the first of one or two conditions to the last. Ho & Salimans 2022, eq. 6, where
+        guidance_scale is 1 + w. Raises UserError for one that is not finite.
+        """
         if not math.isfinite(guidance_scale):
             raise UserError(f"guidance_scale={guidance_scale} is no finite number; {self.kind} takes some 1 to 15")
         copies, rows = len(conditions), [torch.cat(parts) for parts in zip(*conditions, strict=True)]

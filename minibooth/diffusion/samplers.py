@@ -150,7 +150,7 @@ def euler(predict: Predict, x: Tensor, scheduler: DDPMScheduler, steps: int, noi
 
 
 def dpmpp_2m(predict: Predict, x: Tensor, scheduler: DDPMScheduler, steps: int, noise: Noise) -> States:
-    """Exact for an x0 linear in lambda = -log sigma: extrapolates the last two; first order at both ends."""
+    """Takes x0 as it is half a step on in lambda = -log sigma, extrapolated from the last two; first order at both ends."""
     levels = _sigmas(scheduler)
     # The grid has one point more, the clean end, except that trailing leaves it out by itself.
     points = steps if scheduler.timestep_spacing == "trailing" else steps + 1

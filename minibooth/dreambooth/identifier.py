@@ -1,7 +1,8 @@
-"""The identifier: a rare word that the model has no strong idea of. Ruiz et al. 2022, section 3.2 and the appendix.
+"""The identifier: a rare word that the model has no strong idea of. Ruiz et al. 2022, section 3.2.
 
-The paper looks up rare tokens of T5's vocabulary, three letters or fewer, and joins them to a word. CLIP's vocabulary has whole
-words; the later a word was merged into it, the rarer it was, and the nearer its embedding stayed to the vocabulary's mean.
+The paper takes rare tokens of T5's vocabulary, of three characters or fewer, and joins one to three of them to a word. CLIP's
+vocabulary has whole words; the later a word was merged into it, the rarer it was, and the nearer its embedding stayed to their
+mean.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""The course of the learning rate: the schedules of diffusers' get_scheduler, by name."""
+"""The course of the learning rate: the schedules that train_dreambooth.py names, as diffusers' get_scheduler has them."""
 
 import math
 from collections.abc import Callable

@@ -67,9 +67,9 @@ class Encoder:
     """A published CLIP or DINO: pictures, and with CLIP prompts, to embeddings [B, D], not normalised.
 
     source: a folder with config.json, model.safetensors, preprocessor_config.json and, with CLIP, the vocabulary; or its name
-    on the hub, and after an @ the revision there. PUBLISHED are the paper's, of pull requests, since the main branches hold
-    but a pickle. The network is in fp32 on `device`. `kind`: refuse any but this one of ENCODERS.
-    Raises UserError for what is missing, damaged or of another kind.
+    on the hub, and after an @ the revision there. PUBLISHED are the paper's DINO and, as it does not say which, CLIP's
+    ViT-B/32; both of pull requests, since the main branches hold but a pickle. The network is in fp32 on `device`.
+    `kind`: refuse any but this one of ENCODERS. Raises UserError for what is missing, damaged or of another kind.
     """
 
     def __init__(self, source: str | Path, device: torch.device | str = "cpu", kind: str | None = None):

@@ -4,7 +4,7 @@ bytes per parameter      weight  gradient  moments
                          4       4         8
 --use_8bit_adam                            2 + 1/256  a byte each, a scale per block: Dettmers et al. 2022, arXiv 2110.02861
 --full_bf16              2       2                    rounded stochastically, so without masters in fp32
---fused_backward_pass            0                    used up as soon as the backward pass has made it: LOMO, arXiv 2306.09782
+--fused_backward_pass            0                    applied and freed as soon as it is there: LOMO, arXiv 2306.09782
 
 Shapes: n elements of a slice of a parameter, b = n / 2048 blocks.
 """

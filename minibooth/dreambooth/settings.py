@@ -1,4 +1,4 @@
-"""Everything a run can be told: the flags of diffusers' train_dreambooth.py with their spelling and defaults, as one table.
+"""Everything a run can be told: the flags of diffusers' DreamBooth scripts, with train_dreambooth.py's defaults, as one table.
 
 Copied command lines are the commonest input, so a flag that has no effect here is accepted and noted, never refused.
 """
@@ -21,8 +21,8 @@ MOST = {int: 2.0**53, float: 3e38}  # beyond, numbers run out
 
 
 def flag(default: Any, help: str, **more: Any) -> Any:
-    """A setting: its default, its line of help, and what else argparse should know (choices, nargs), or `check` and `notes`:
-    its `least` value, the flag that it `needs` to mean anything, whether diffusers' script for LoRAs alone has it.
+    """A setting: default and help; `more` goes to argparse (choices, nargs), `check` (its least value) or `notes` (the flag it
+    needs to mean anything; lora: only diffusers' scripts for LoRAs have it).
     """
     return field(default=default, metadata={"help": help, **more})
 
@@ -44,7 +44,9 @@ class Settings:
     prior_loss_weight: float = flag(1.0, "lambda of the paper", least=0, needs=PRIOR)
     num_class_images: int = flag(100, "class pictures; missing ones are drawn by the model itself", least=1, needs=PRIOR)
     sample_batch_size: int = flag(4, "class pictures, and those of a grid, drawn at a time", least=1)
-    prior_generation_precision: str | None = flag(None, "of class pictures [fp16 on a GPU]", choices=PRECISIONS, needs=PRIOR)
+    prior_generation_precision: str | None = flag(
+        None, "of class pictures [fp16 on cuda, else fp32]", choices=PRECISIONS, needs=PRIOR
+    )
     class_guidance_scale: float = flag(7.5, "how strictly drawn class pictures follow their prompt", needs=PRIOR)
     stage: str | None = flag(None, "what is trained [what the model is for]", choices=("text_to_image", "super_resolution"))
     upscaler: str = flag("", "an x4-upscaler to train afterwards on the same photographs: OUTPUT_DIR/upscaler")
@@ -76,7 +78,7 @@ class Settings:
     lr_warmup_steps: int = flag(500, "steps of linear warm-up (not for constant)", least=0)
     lr_num_cycles: int = flag(1, "restarts of cosine_with_restarts", least=1)
     lr_power: float = flag(1.0, "power of polynomial", least=0)
-    use_8bit_adam: bool = flag(False, "AdamW's moments in 8 bits, a quarter of their memory (a LoRA's from rank 8 on)")
+    use_8bit_adam: bool = flag(False, "AdamW's moments in 8 bits, a quarter of their memory (a LoRA's in part: 2/3 at rank 8)")
     adam_beta1: float = flag(0.9, "decay of the first moment", least=0)
     adam_beta2: float = flag(0.999, "decay of the second moment", least=0)
     adam_weight_decay: float = flag(1e-2, "decoupled weight decay", least=0)

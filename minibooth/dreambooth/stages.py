@@ -69,7 +69,7 @@ class SuperResolution(TextToImage):
     """A picture is cut at its full detail, and shrunk for the UNet to see, noised by a level drawn anew at each step.
 
     LatentUpscaleDiffusion of Stability-AI/stablediffusion, which draws levels 0 to 349. DreamBooth lowers the noise, lest the
-    model learns to invent what the pictures show: level 0 adds the schedule's least, of variance 1e-4 (the paper: 1e-5).
+    model learn to invent what the pictures show: level 0 adds the schedule's least, of variance 1e-4 (the paper: 1e-5).
     """
 
     name, draw_command = "super_resolution", "upscale --noise_level {} --images ..."

@@ -131,10 +131,11 @@ class Weights:
         s, source = self.settings, self.pipe.source
         xl = source.kind == "StableDiffusionXLPipeline"
         sd2 = not xl and self.pipe.unet.config.use_linear_projection
+        v = self.pipe.scheduler.prediction_type == "v_prediction"
         prompts = {"subject": s.instance_prompt} | ({"class": s.class_prompt} if s.with_prior_preservation else {})
         told = dict(
             network_module="networks.lora", network_dim=s.rank, network_alpha=s.lora_alpha or s.rank, v2=sd2,
-            base_model_version="sdxl_base_v1-0" if xl else "sd_v2" if sd2 else "sd_v1", sd_model_name=Path(source.name).name,
+            base_model_version="sdxl_base_v1-0" if xl else f"sd_v{1 + sd2}{'_v' * v}", sd_model_name=Path(source.name).name,
             output_name=self.file.stem, resolution=(s.resolution, s.resolution), steps=steps,
             learning_rate=s.learning_rate, seed=self.seed,
             tag_frequency=json.dumps({name: {prompt: 1} for name, prompt in prompts.items()}),
@@ -143,7 +144,7 @@ class Weights:
 
 
 class Recomputed(nn.Module):
-    """A part that forgets what it computed and does it again: gradient checkpointing, Chen et al. 2016."""
+    """A part that drops its activations, and computes them again: gradient checkpointing, Chen et al. 2016."""
 
     dropout = False  # whether the second time the same random numbers are needed
 

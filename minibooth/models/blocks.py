@@ -175,7 +175,7 @@ class Upsample(nn.Module):
 
 
 class Block(nn.Module):
-    """One resolution of a network: resnets, each followed by an attention where there is one left, then a resampling.
+    """One resolution of a network: resnets, the first of them each followed by one of the attentions, then a resampling.
 
     Going down, every state is pushed on a stack; going up, each resnet reads one from it beside its input.
     """

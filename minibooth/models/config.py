@@ -1,4 +1,4 @@
-"""What a folder's config.json says, as dataclasses: the fields we build from, and of other keys the one supported value.
+"""What a folder's config.json says, as dataclasses: the fields we build from and, for other keys, the only value supported.
 
 Defaults are those of the class that wrote the file (diffusers' UNet2DConditionModel and AutoencoderKL, transformers'
 CLIPConfig, ViTConfig), since published files leave out what equals the default of their day.

@@ -33,7 +33,7 @@ class UNet(nn.Module):
     added: what the model is conditioned on besides, as follows. h and w may be any.
 
     XL: the prompt as a whole, pooled [B, P], and sizes [B, 6]: height and width of the original picture, top and left of the
-    crop, height and width to draw. Podell et al. 2023, section 2.2.
+    crop, height and width to draw. Podell et al. 2023, sections 2.2 and 2.3.
     x4: how noisy the picture beside the latent is, noise_level, a whole number or one per sample [B].
     """
 
