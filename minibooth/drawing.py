@@ -93,7 +93,10 @@ def save(picture: Image.Image, folder: Path, prefix: str, metadata: dict[str, st
 
 
 def metadata(flags: argparse.Namespace, prompt: str, seed: int, size: tuple[int, int], **own: Any) -> dict[str, str]:
-    """What a picture was drawn from, twice: a chunk for each setting (`own`: of the command), and A1111's way, in one."""
+    """What a picture was drawn from, twice: a chunk for each setting (`own`: of the command), and A1111's way, in one.
+
+    size: width and height.
+    """
     a1111 = {
         "Steps": flags.steps, "Sampler": A1111[flags.sampler], "CFG scale": flags.guidance_scale, "Seed": seed,
         "Size": f"{size[0]}x{size[1]}", "Model": Path(flags.model).name,

@@ -207,6 +207,7 @@ def memory(s: Settings) -> dict[str, float]:
 
 
 def main(argv: Sequence[str]) -> None:
+    """Print the GiB that a run with these flags takes, and of what."""
     settings = train.parse(argv)
     settings.check()
     print(memory(settings))

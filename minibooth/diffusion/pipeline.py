@@ -111,7 +111,7 @@ class Pipeline:
         return self.encode(*self.tokens(prompts))
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor | Condition:
-        """`condition`; where that is one tensor, the tensor itself."""
+        """The UNet's conditioning for B prompts: context [B, N, D], or for XL what its `encode` gives."""
         encoded = self.condition(prompts)
         return encoded if len(encoded) > 1 else encoded[0]
 
@@ -134,7 +134,7 @@ class Pipeline:
         return predict
 
     def denoise(self, predict: Predict, noise: Tensor, steps: int, sampler: str | None, generators: Generators) -> Tensor:
-        """From noise [B, C, h, w] to a latent, with a progress bar."""
+        """From noise of unit variance [B, C, h, w] to a latent, with a progress bar. Raises UserError as `sample` does."""
         sampler = sampler or self.sampler
         states = trajectory(predict, noise.to(self.device, torch.float32), self.scheduler, steps, sampler, generators)
         return deque(tqdm(states, total=calls(sampler, steps), leave=False, disable=None), maxlen=1).pop()

@@ -192,7 +192,7 @@ def trajectory(
     predict: Predict, x: Tensor, scheduler: DDPMScheduler, steps: int, sampler: str = "ddim", generator: Generators = None,
     eta: float = 0.0,
 ) -> States:  # fmt: skip
-    """x after each of the sampler's steps; `sample` says what goes in."""
+    """x after each of the sampler's steps; `sample` says what goes in and what is refused."""
     if sampler not in SAMPLERS:
         raise UserError(f"no sampler is named {sampler!r}; there are {', '.join(SAMPLERS)}")
     if eta and (sampler != "ddim" or not 0 < eta <= 1):

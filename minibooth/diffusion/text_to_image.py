@@ -54,7 +54,10 @@ class StableDiffusion(Pipeline):
         height: int | None = None, width: int | None = None, steps: int = 50, guidance_scale: float = 7.5,
         sampler: str | None = None, latents: Tensor | None = None,
     ) -> list[Image.Image]:  # fmt: skip
-        """A picture for each of B seeds, from encoded prompts; no guidance without `unconditional`."""
+        """A picture for each of B seeds, from encoded prompts, [B, ...] or [1, ...]; no guidance without `unconditional`.
+
+        Raises UserError for sizes, or for a shape of `latents`, that do not fit.
+        """
         B = len(seeds)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         if latents is None:

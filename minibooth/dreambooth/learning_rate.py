@@ -17,7 +17,7 @@ SCHEDULES: dict[str, Callable[[float, int, float, float], float]] = {
 
 
 def learning_rate(name: str, peak: float, step: int, steps: int, warmup: int, cycles: int = 1, power: float = 1.0) -> float:
-    """The rate of step 0 .. steps - 1: a linear warm-up from 0 (but for "constant"), then the named course."""
+    """The rate of step 0 .. steps - 1: a linear warm-up from 0 (but for "constant"), then that course of SCHEDULES."""
     if step < warmup and name != "constant":
         return peak * step / warmup
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))

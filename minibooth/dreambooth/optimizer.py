@@ -32,7 +32,7 @@ SLICE = collections.defaultdict(lambda: 1 << 20, cpu=1 << 18)  # elements update
 
 class AdamW(torch.optim.Optimizer):
     """torch.optim.AdamW: its numbers, where weights and moments are in fp32. Gradients are first clipped to `max_norm`, unless
-    that is 0, all as one vector.
+    that is 0, all as one vector. groups: as torch's take them, with "lr" or with rates set before each step.
 
     With `eight_bit`, parameters of SMALLEST elements or more, if they are whole blocks, keep their moments in 8 bits. Those in
     bf16 are updated in fp32 and rounded up or down at random, so that the mean is right; the random bits depend on `seed`,

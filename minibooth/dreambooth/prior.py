@@ -50,7 +50,10 @@ class Drawings:
 
 @torch.no_grad()
 def draw(sets: Sequence[Drawings], pipe: StableDiffusion, batch_size: int, name: str) -> None:
-    """Draw what is missing in sets that differ by their prompts alone, and keep each picture as soon as it is there."""
+    """Draw what is missing in sets that differ by their prompts alone, so many at a time, and keep each as soon as it is there.
+
+    name: what the progress bar says is drawn.
+    """
     for each in (each for each in sets if each.missing):
         files.write_text(each.folder / "manifest.json", json.dumps(each.manifest, indent=2) + "\n")
     manifest, todo = sets[0].manifest, [(each, seed) for each in sets for seed in each.missing]

@@ -47,11 +47,11 @@ class TextToImage:
         return square.pixels, torch.tensor([[*square.original_size, *square.top_left, s.resolution, s.resolution]])
 
     def conditioning(self, known: Tensor, rng: torch.Generator) -> tuple[Tensor, ...]:
-        """From what is known of a crop, what the UNet is told of it at one step."""
+        """From what is known of a crop [1, ...], what the UNet is told of it at one step, [1, ...] each."""
         return (known,)
 
     def predict(self, x: Tensor, t: Tensor, condition: Condition, sizes: Tensor) -> Tensor:
-        """The UNet's answer to a batch."""
+        """The UNet's answer to a batch of noisy latents x [B, Z, h, w] at t [B], [B, Z, h, w]."""
         return self.pipe.unet(x.to(self.pipe.dtype), t, *self.pipe.with_sizes(condition, sizes))
 
     def show(self, conditions: Sequence[Condition], unconditional: Condition, seeds: Sequence[int]) -> list[list[Image.Image]]:

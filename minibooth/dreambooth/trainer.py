@@ -254,7 +254,7 @@ class Trainer:
         return total
 
     def losses(self, x0: Tensor, noise: Tensor, t: Tensor, *added: Tensor) -> dict[str, Tensor]:
-        """Eq. 2 on a `batch`, and its parts; called by `update`, through what makes the processes one."""
+        """Eq. 2 on a `batch` (B or 2B rows of what `sample` gives), and its parts; called through what makes processes one."""
         s, scheduler = self.settings, self.pipe.scheduler
         with self.autocast():
             condition = self.condition or self.pipe.encode(*self.tokens)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """GroupNorm of [B, C, h, w] (Wu & He 2018) by each channel's mean and variance, which add up to their group's.
+    """GroupNorm of [B, C, h, w], weight and bias [C] (Wu & He 2018), by channels' means and variances, which add up to groups'.
 
     Compiled it reads a picture whose channels come last as it lies, where PyTorch's own formula copies or strides.
     """
