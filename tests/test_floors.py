@@ -88,3 +88,15 @@ def code_lines(path):
 def test_it_is_small():
     """As the README says."""
     assert sum(map(code_lines, MODULES)) < 4000
+
+
+def test_all_of_it_is_installed():
+    """By pip install ., which takes what setup.cfg names; an editable one shows no gap."""
+    setupcfg = pytest.importorskip("setuptools.config.setupcfg")
+    options = setupcfg.read_configuration(PACKAGE.parent / "setup.cfg")["options"]
+    named = {package.replace(".", "/"): [] for package in options["packages"]}
+    named |= {package.replace(".", "/"): patterns for package, patterns in options["package_data"].items()}
+    for path in PACKAGE.rglob("*.*"):
+        if path.suffix != ".pyc":
+            patterns = ["*.py", *named[path.parent.relative_to(PACKAGE.parent).as_posix()]]
+            assert any(path.match(pattern) for pattern in patterns), path
