@@ -53,9 +53,9 @@ def parser(
 
 def open_model(flags: argparse.Namespace, wanted: type[Pipeline]) -> Any:
     """The pipeline of --model with its LoRAs. Also makes --output_dir, and fills in --sampler and --seed."""
-    command.ready_folder(flags.output_dir)
     if Path(flags.model).parent == WEIGHTS and not Path(flags.model).is_dir():
         raise UserError(f"the embedded model is not in {flags.model}; name another with --model")
+    command.ready_folder(flags.output_dir)
     how = dict(prediction_type=flags.prediction_type, revision=flags.revision)
     pipe = open_other(flags, flags.model, wanted, command.loras(flags), **how)
     flags.sampler = flags.sampler or pipe.sampler

@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
         more["upscaler"] = " ".join(flags.upscaler)
     how = dict(noise_level=flags.noise_level, guidance_scale=flags.upscaler_guidance_scale, steps=flags.steps)
 
-    for note in pipe.tokenizer.truncation_warnings(flags.prompt):
+    for note in pipe.tokenizer.truncation_warnings([*flags.prompt, flags.negative_prompt]):
         print(note)
     prompts = [prompt for prompt in flags.prompt for _ in range(flags.num_images)]
     settings = {name: getattr(flags, name) for name in ("height", "width", "steps", "guidance_scale", "sampler")}

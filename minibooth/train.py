@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import gc
+import os
 import shlex
 import sys
 import typing
@@ -53,6 +54,9 @@ def given_flags(argv: Sequence[str]) -> dict[str, typing.Any]:
             how["help"] += f" [{' '.join(map(str, f.default)) if isinstance(f.default, tuple) else f.default}]"
         parser.add_argument(f"--{f.name}", *ALIASES.get(f.name, ()), default=argparse.SUPPRESS, **how)
     given = vars(parser.parse_args(command.normalise(argv)))
+    # as accelerate launch was told, or its configuration says
+    if (launched := os.environ.get("ACCELERATE_MIXED_PRECISION")) in ("fp16", "bf16"):
+        given.setdefault("mixed_precision", launched)
     return {name: tuple(x) if isinstance(x, list) else x for name, x in given.items()}
 
 

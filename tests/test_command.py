@@ -14,6 +14,7 @@ import pytest
 from minibooth import __main__, command
 from minibooth.checkpoint import files
 from minibooth.dreambooth.trainer import interrupts
+from minibooth.errors import UserError
 
 
 def test_commands_ask_for_huge_pages_unless_told_otherwise(monkeypatch):
@@ -87,6 +88,17 @@ def test_sigterm_cleans_up_as_ctrl_c_does(tmp_path, capsys):
         signal.signal(signal.SIGTERM, before)
     assert capsys.readouterr().err == "minibooth.convert: terminated\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_an_error_cannot_write_over_the_terminal(capsys):
+    """What it names may be a stranger's."""
+
+    def mistaken(argv):
+        raise UserError("unet has unexpected A\x1b[2J\u202ex\x07, 犬")
+
+    with pytest.raises(SystemExit, match="2"):
+        command.run(mistaken, ["x.py"])
+    assert capsys.readouterr().err == "minibooth.x: error: unet has unexpected A\\x1b[2J\\u202ex\\x07, 犬\n"
 
 
 def test_a_signal_that_is_ignored_stays_ignored():

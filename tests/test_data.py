@@ -62,6 +62,7 @@ BROKEN = {
     "camera.nef": encoded(noise(16, 12), "TIFF"),
     "range.tif": encoded(Image.fromarray(np.full((4, 4), 0.5, np.float32)), "TIFF"),
     "signed.tif": encoded(Image.fromarray(np.full((4, 4), -5, np.int32)), "TIFF"),
+    "drawing.jpg": encoded(noise(8, 8), "EPS"),  # which Pillow would have Ghostscript run
     "deep.tif": encoded(Image.fromarray(np.full((4, 4), 10**6, np.int32)), "TIFF"),
 }
 

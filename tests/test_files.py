@@ -158,6 +158,18 @@ def test_the_file_of_an_unknown_dtype_is_named(tmp_path):
         files.Tensors([tmp_path / "one.safetensors", tmp_path / "two.safetensors"])
 
 
+@pytest.mark.parametrize("entry", [
+    '{"dtype":"F32","shape":[0,4611686018427387904,8],"data_offsets":[0,0]}',
+    '{"dtype":"F32","shape":[9223372036854775808,0],"data_offsets":[0,0]}', '["F32",[1],[0,4]]',
+])  # fmt: skip
+def test_the_file_of_an_odd_header_is_named(entry, tmp_path):
+    """Which safetensors' own reader takes."""
+    header = f'{{"a":{entry}}}'.encode()
+    (tmp_path / "odd.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4 if "4]" in entry else 0))
+    with pytest.raises(UserError, match="odd.safetensors"):
+        files.Tensors([tmp_path / "odd.safetensors"])
+
+
 class Trap:
     def __reduce__(self):
         return (os.mkdir, ("sprung",))

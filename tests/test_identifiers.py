@@ -83,10 +83,9 @@ def test_what_is_no_identifier_is_not_doubted(tokenizer):
 
 def test_what_is_cut_off_a_prompt_is_shown(tokenizer):
     long = "dog " * (tokenizer.max_length - 3)
-    assert [*prompt_warnings(tokenizer, f"{long}zwx", "dog")] == []
-    for prompts in ((f"{long}dog A zwx Hüte", "dog"), (f"{long}dog A zwx Hüte",) * 2):
-        (doubt,) = [each for each in prompt_warnings(tokenizer, *prompts) if "too long" in each]
-        assert doubt == "a prompt is too long: 'A zwx Hüte' is not read"
+    assert [*tokenizer.truncation_warnings([f"{long}zwx", "dog"])] == []
+    found = [*tokenizer.truncation_warnings([f"{long}dog A zwx Hüte", "dog", f"{long}dog A zwx Hüte"])]
+    assert found == ["a prompt is too long: 'A zwx Hüte' is not read"]
 
 
 def test_a_common_word_is_doubted(tokenizer):

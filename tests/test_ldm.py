@@ -13,6 +13,7 @@ from conftest import write_json
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from single_files import assert_same_bits, change, file, folder, metadata, states
+from small_run import small, train
 
 import minibooth
 from minibooth.checkpoint.ldm import OURS
@@ -463,6 +464,17 @@ def test_the_average_is_taken_where_it_is_asked_for(tmp_path):
     assert torch.equal(written[f"{UNET}out.2.bias"], load_file(path)[f"{UNET}out.2.bias"] + 1)
     assert "has no EMA weights" in refusal(file("sd1"), ema=True)
     assert "no single file" in refusal(folder("sd1"), ema=True)
+
+
+def test_averages_and_hashes_of_other_weights_are_not_written_with_those_that_trained(tmp_path):
+    """A program that prefers the average would draw what there was before."""
+    said = {"modelspec.title": "old", "modelspec.hash_sha256": "1", "sshs_model_hash": "2", "modelspec.author": "me"}
+    path = change(file("sd1"), tmp_path / "x.safetensors", with_everything("sd1"), said)
+    settings = small(tmp_path, path, max_train_steps=1, output_format="single", tokenizer=str(folder("sd1")))
+    trained = train(settings) / "output.safetensors"
+    written, before = load_file(trained), load_file(path)
+    assert before.keys() - written.keys() == {name for name in before if name.startswith("model_ema.")} != set()
+    assert said.keys() & metadata(trained).keys() == {"modelspec.author"}
 
 
 def test_the_24th_layer_of_sd_2_is_kept_but_not_used(tmp_path):

@@ -396,6 +396,8 @@ def test_what_is_no_checkpoint_is_refused_by_name(sd1, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "model.ckpt").write_bytes(b"")
     assert "has no model_index.json, but nothing" in refusal(tmp_path / "empty")
+    write_json(tmp_path / "checkpoint-2" / "state.json", {})
+    assert "a run's checkpoint; to draw with it, give it to" in refusal(tmp_path / "checkpoint-2")
     assert "has no model_index.json, but config.json" in refusal(sd1 / "unet")
     assert "pickle, which is never opened" in refusal(tmp_path / "model.ckpt")
     assert "is a file" in refusal(weights(sd1, "unet"))
@@ -500,8 +502,16 @@ def test_what_a_run_left_beside_the_pipeline_is_not_written_with_it(sd1, copy_of
     folder = copy_of(sd1)
     for name in ("checkpoint-4/state.json", "upscaler/run.json", "class/drawn-0/manifest.json"):
         write_json(folder / name, {})
+    edit(folder / "model_index.json", upscaler=["a", "B"])  # a name there is no reason to take what is called so
+    (folder / "tokenizer" / "folder.json").mkdir()
     minibooth.load(folder).save(tmp_path / "saved")
     assert content(tmp_path / "saved").keys() == content(sd1).keys()
+
+
+def test_where_a_folder_has_a_files_name_a_folder_is_written(sd1, tmp_path):
+    write_json(tmp_path / "dog.safetensors" / "mine.json", {})
+    minibooth.load(sd1).save(tmp_path / "dog.safetensors")
+    assert content(tmp_path / "dog.safetensors") == content(sd1) | {"mine.json": b"{}\n"}
 
 
 def test_a_compiled_network_is_saved_as_what_it_is(sd1, copy_of):

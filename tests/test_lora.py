@@ -362,7 +362,7 @@ SPOILED = {
     "whole numbers": (rewritten(lambda tensors: {k: x.to(torch.int32) for k, x in tensors.items()}), "RuntimeError"),
     "metadata": (saying("{"), "JSONDecodeError"),
     "a pattern that is none": (saying('{"unet.alpha_pattern": 3}'), "'int' object has no attribute 'items'"),
-    "a pattern that is wrong": (saying('{"unet.alpha_pattern": {"(": 1}}'), "unterminated subpattern"),
+    "a pattern for ever": (saying('{"unet.alpha_pattern": {"([a-z_0-9.]+)+!": 1}}'), "more than names of layers"),
     "alpha in words": (saying('{"unet.lora_alpha": "x", "text_encoder.lora_alpha": "x"}'), "could not convert string to float"),
     "no alpha": (saying('{"unet.lora_alpha": null, "text_encoder.lora_alpha": null}'), "TypeError: float()"),
 }  # fmt: skip

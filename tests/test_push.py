@@ -91,7 +91,13 @@ def test_without_a_name_the_folder_gives_one(hub, trained):
     assert hub.repositories.keys() == {"me/output"}
 
 
-@pytest.mark.parametrize("prompt", ["a photo of sks dog", 'sks: "the" dog #1', "- sks's {dog}"])
+def test_a_token_may_end_as_its_file_does(hub, trained):
+    """An error would print it otherwise: a line's end is no part of a header."""
+    push(Settings(**vars(trained) | {"hub_token": "hf_secret\r\n"}))
+    assert hub.tokens - {None} == {"Bearer hf_secret"}
+
+
+@pytest.mark.parametrize("prompt", ["a photo of sks \U0001f436", "a photo of sks dog", 'sks: "the" dog #1', "- sks's {dog}"])
 def test_the_card_says_what_the_model_is(prompt, trained):
     settings = Settings(**vars(trained) | {"instance_prompt": prompt, "train_text_encoder": True})
     card = ModelCard(model_card(settings, "owner/sks-dog"))

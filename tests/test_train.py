@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import types
@@ -15,7 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_run import flags, only, photographs, run, same_bits, small, weights
+from safetensors.torch import load_file, save_file
+from small_run import flags, only, photographs, run, same_bits, small, tiny, weights
 
 from minibooth import train
 from minibooth.dreambooth import prior, stages
@@ -333,6 +335,15 @@ def test_tf32_is_for_those_who_ask(words, tmp_path, monkeypatch):
     assert torch.backends.cuda.matmul.allow_tf32 == bool(words)
 
 
+@pytest.mark.parametrize("told, given, meant", [
+    ("bf16", [], "bf16"), ("fp16", ["--mixed_precision=no"], "no"), ("no", [], None), ("fp8", [], None),
+])  # fmt: skip
+def test_a_precision_of_accelerate_launch_counts(told, given, meant, monkeypatch):
+    """As in train_dreambooth.py: that of the command line overrules it."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", told)
+    assert train.parse(given).mixed_precision == meant
+
+
 def test_two_seeds_make_two_models(tmp_path):
     for name in ("one", "two"):
         assert run(flags(small(tmp_path, seed=None, max_train_steps=1, output_dir=str(tmp_path / name)))) == 0
@@ -359,6 +370,13 @@ def pickle(folder: Path) -> None:
     (folder / "model.ckpt").write_bytes(b"\x80\x02")
 
 
+def in_8_bits(folder: Path) -> None:
+    """A model whose every change would be rounded away."""
+    shutil.copytree(tiny(), folder / "small")
+    path = folder / "small" / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: x.to(torch.float8_e4m3fn) for name, x in load_file(path).items()}, path)
+
+
 def empty(folder: Path) -> None:
     (folder / "empty").mkdir()
     (folder / "empty" / ".DS_Store").write_bytes(b"")
@@ -373,12 +391,13 @@ CLASS = ["--with_prior_preservation", "--class_prompt=a dog", "--class_data_dir=
 ONCE = ["--fused_backward_pass", "--max_grad_norm=0"]
 TAKEN = (
     "metrics.jsonl", "report.html", "checkpoint-500", "unet", "model_index.json", "pytorch_lora_weights.safetensors",
-    "output.safetensors",
+    "output.safetensors", "feature_extractor", "samples/before-after.png",
 )  # fmt: skip
 MISTAKES = {
     "no model": (["--pretrained_model_name_or_path={}/nowhere"], None, "nowhere is missing"),
     "not a model": (["--pretrained_model_name_or_path={}/photographs"], None, "model_index.json"),
     "a pickle": (["--pretrained_model_name_or_path={}/model.ckpt"], pickle, "convert it to safetensors"),
+    "a model in 8 bits": (["--pretrained_model_name_or_path={}/small"], in_8_bits, "unet is in 8 bits, too coarse to change"),
     "no photographs": (["--instance_data_dir={}/nowhere"], None, "no such folder of pictures: {}/nowhere"),
     "an empty folder": (["--instance_data_dir={}/empty"], empty, "no picture in {}/empty"),
     "a broken picture": ([], broken_picture, "cannot read picture {}/photographs/broken.jpg"),
@@ -388,7 +407,7 @@ MISTAKES = {
     "an odd resolution": (["--resolution=60"], None, "--resolution 60 is not divisible by 8"),
     "a negative resolution": (["--resolution=-64"], None, "--resolution -64"),
     "another run": ([], already("run.json"), "already holds run.json: choose another --output_dir, or go on with"),
-    **{f"{it} there": ([], already(it), f"output already holds {it}: choose another --output_dir\n") for it in TAKEN},
+    **{f"{it} there": ([], already(it), f"output already holds {Path(it).name}: choose another --output_dir\n") for it in TAKEN},
     "no output folder": (["--output_dir="], None, "--output_dir is missing"),
     "a rate that is no number": (["--learning_rate=nan"], None, "--learning_rate nan is out of bounds"),
     "a rate beyond fp32": (["--learning_rate=1e300"], None, "--learning_rate 1e+300 is out of bounds"),

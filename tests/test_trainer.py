@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from small_run import flags, metrics, only, run, same_bits, small, tiny, train, trainer, weights, with_class
 
 import minibooth
+from minibooth.checkpoint import files
 from minibooth.dreambooth import optimizer, stages
 from minibooth.dreambooth import trainer as module
 from minibooth.dreambooth.parallel import Ranks
@@ -210,6 +211,34 @@ def test_a_checkpoint_from_elsewhere_replaces_no_result(tmp_path):
             assert same_bits(weights(train(settings)), weights(other))
 
 
+def test_a_run_that_came_in_between_is_not_written_over(tmp_path):
+    """While this one was still loading its model."""
+    late = trainer(small(tmp_path))
+    output = train(small(tmp_path, seed=8))
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="already holds run.json"), late.journal.locked():
+        late.train()
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+
+
+def test_a_finished_run_that_left_no_checkpoint_says_how_to_train_it_further(tmp_path, capsys):
+    assert run(flags(small(tmp_path, max_train_steps=1))) == 0
+    assert run([*flags(small(tmp_path, max_train_steps=2)), "--resume_from_checkpoint=latest"]) == 2
+    assert "its result can be a --pretrained_model_name_or_path" in capsys.readouterr().err
+
+
+def test_pictures_that_cannot_be_shown_end_no_run(tmp_path, capsys):
+    """Another step 0's, broken, and a page that cannot be written."""
+    settings = small(tmp_path, max_train_steps=2, checkpointing_steps=1, validation_prompt="a sks dog", num_validation_images=1)
+    output = train(dataclasses.replace(settings, max_train_steps=1))
+    (output / "samples" / "step-0.png").write_bytes(b"")
+    with open(output / "metrics.jsonl", "a") as file:
+        file.write(f'{{"step": 1, "loss": {10**400}}}\n')
+    train(dataclasses.replace(settings, resume_from_checkpoint="latest"))
+    assert "report.html was not written" in capsys.readouterr().err
+    assert (output / "samples" / "step-2.png").exists() and json.loads((output / "run.json").read_text())["finished"]
+
+
 def test_a_folder_may_have_any_name(tmp_path, capsys):
     words = flags(small(tmp_path, max_train_steps=1, output_format="single", output_dir=str(tmp_path / "dog [v1]")))
     assert run(words) == 0
@@ -266,10 +295,9 @@ def test_a_file_system_without_locks_stops_no_run(tmp_path, monkeypatch):
 
 def test_a_system_without_locks_stops_no_run(tmp_path, monkeypatch):
     journal = trainer(small(tmp_path)).journal
-    monkeypatch.setattr(os, "name", "nt")
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
     with journal.locked(), journal.locked():
         assert journal.folder.is_dir()
-    monkeypatch.undo()
 
 
 def test_processes_that_see_different_folders_are_refused(tmp_path):
@@ -436,16 +464,14 @@ def test_checkpoints_are_ordered_by_number(tmp_path):
     assert checkpoints(output) == ["checkpoint-10", "checkpoint-11"]
 
 
-@pytest.mark.parametrize(
-    "name", ["checkpoint-2", "output", "output.safetensors", "run.json", "samples/step-2.png", "class/drawn-1a/00001.png"]
-)
-def test_what_a_killed_run_left_half_written_is_cleared_away(name, tmp_path):
-    place = tmp_path / "output" / name
-    half = place.with_name(f".{place.name}.x1y2z3_w") / "new"
-    half.mkdir(parents=True)
-    (half / "optimizer.safetensors").write_bytes(b"half")
+@pytest.mark.parametrize("place", ["output", "output/samples", "output/class/drawn-1a"])
+def test_what_a_killed_run_left_half_written_is_cleared_away(place, tmp_path):
+    """And nothing of the user's."""
+    for name in (f"{files.HALF}x1y2z3_w", ".unet.original"):
+        (tmp_path / place / name / "new").mkdir(parents=True)
+        (tmp_path / place / name / "new" / "optimizer.safetensors").write_bytes(b"half")
     output = train(small(tmp_path, max_train_steps=1, resume_from_checkpoint="latest"))
-    assert not [*output.rglob(".*")]
+    assert [path.name for path in output.rglob(".*")] == [".unet.original"]
 
 
 def test_a_resumed_run_that_had_drawn_its_last_grid_keeps_it(tmp_path):
@@ -464,9 +490,18 @@ def test_no_part_of_a_checkpoint_stays_where_its_deletion_is_cut_off(tmp_path, m
         own = shutil.rmtree
         patch.setattr(shutil, "rmtree", lambda path, **how: own(path, **how) if how else None)  # prune's has no options
         output = train(settings)
-    assert checkpoints(output) == [".checkpoint-1.deleting", "checkpoint-2"]
+    half = {path.name for path in output.glob(".*")}
+    assert checkpoints(output) == ["checkpoint-2"] and half == {f"{files.HALF}deleting"}
     trainer(dataclasses.replace(settings, resume_from_checkpoint="latest", max_train_steps=3)).journal.open(2)
-    assert checkpoints(output) == ["checkpoint-2"]
+    assert not [*output.glob(".*")]
+
+
+def test_a_checkpoint_that_was_moved_to_another_disk_is_left_there(tmp_path):
+    settings = small(tmp_path, checkpointing_steps=1, checkpoints_total_limit=1, max_train_steps=1)
+    moved = (train(settings) / "checkpoint-1").rename(tmp_path / "moved")
+    (tmp_path / "output" / "checkpoint-1").symlink_to(moved)
+    output = train(dataclasses.replace(settings, resume_from_checkpoint="latest", max_train_steps=3))
+    assert checkpoints(output) == ["checkpoint-1", "checkpoint-3"] and (moved / "state.json").exists()
 
 
 @pytest.mark.parametrize("step, kept", [(0, []), (2, ["mine", "step-0", "step-2"])])

@@ -24,6 +24,7 @@ from torch import Tensor
 from minibooth.errors import UserError, blaming
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+HALF = ".half-"  # begins the name of what is not whole yet, or no more: eight characters follow
 DTYPES = {  # as files call them
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -62,14 +63,15 @@ class Tensors(Mapping[str, Tensor]):
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
             self.metadata |= header.pop("__metadata__", None) or {}
             begin = file.tell()
-            for name, x in header.items():
-                if x["dtype"] not in DTYPES:
-                    raise UserError(f"{path}: {name} is stored as {x['dtype']}; supported: {', '.join(DTYPES)}")
-                number, offset = divmod(begin + x["data_offsets"][0], self.PART)
-                end = begin + x["data_offsets"][1] - number * self.PART
-                self._places[name] = (file, number), offset
-                self._ends[file, number] = max(end, self._ends.get((file, number), 0))
-                self.meta[name] = torch.empty(x["shape"], dtype=DTYPES[x["dtype"]], device="meta")
+            with blaming(path):
+                for name, x in header.items():
+                    if x["dtype"] not in DTYPES:
+                        raise UserError(f"{name} is stored as {x['dtype']}; supported: {', '.join(DTYPES)}")
+                    number, offset = divmod(begin + x["data_offsets"][0], self.PART)
+                    end = begin + x["data_offsets"][1] - number * self.PART
+                    self._places[name] = (file, number), offset
+                    self._ends[file, number] = max(end, self._ends.get((file, number), 0))
+                    self.meta[name] = torch.empty(x["shape"], dtype=DTYPES[x["dtype"]], device="meta")
 
     def __getitem__(self, name: str) -> Tensor:
         (part, offset), like = self._places[name], self.meta[name]
@@ -222,7 +224,7 @@ def replacing(path: Path, merge: bool = False) -> Iterator[Path]:
     merge = merge and path.is_dir()
     parent = path if merge else path.parent  # a folder may be a mount: what moves into it must be made in it
     parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name[:200]}.", dir=parent))
+    scratch = Path(tempfile.mkdtemp(prefix=HALF, dir=parent))
     new = scratch / "new"
     try:
         yield new

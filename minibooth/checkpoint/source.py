@@ -50,8 +50,14 @@ COMPONENTS = {
 }
 KINDS = {kind: sorted(family.prefixes) for kind, family in ldm.FAMILIES.items()}  # what a folder may be, and what to read then
 SMALL_FILES = (INDEX, "*/*.json", "tokenizer*/*.txt")  # read into memory, written back as they were
-OF_TOKENIZER = re.compile(r"tokenizer(_2)?/[\w-]+\.\w+")  # by what a file says itself, in which "../" would leave a folder
+OF_TOKENIZER = re.compile(r"tokenizer(_2)?/[\w-]+\.(json|txt)")  # by what a file says itself: "../" would leave a folder
+OF_WEIGHTS = re.compile(r"modelspec\.(title|hash)|sshs_")  # metadata by kohya's programs
 VOCABULARY = ("vocab.json", "merges.txt", "tokenizer.json", "added_tokens.json")
+PARTIAL = {  # what a folder is that has this file, but no INDEX
+    "pytorch_lora_weights.safetensors": "a LoRA, to be used with its base model",
+    "state.json": "a run's checkpoint; to draw with it, give it to the same command as --resume_from_checkpoint, with its step "
+    "as --max_train_steps and another --output_dir",
+}
 CLIP = "openai/clip-vit-large-patch14"  # has the vocabulary of all these models
 
 # Names as files have them -> names as published today: text encoders without their prefix, attention of the first years.
@@ -112,13 +118,12 @@ class Source:
         if ema:
             raise UserError(f"{source} is no single file: --ema means nothing there")
         folder = find(source, variant, revision)
-        paths = sorted({path for pattern in SMALL_FILES for path in folder.glob(pattern)})
+        paths = sorted({path for pattern in SMALL_FILES for path in folder.glob(pattern) if path.is_file()})
         small = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths if ".index." not in path.name}
         self = cls(str(source), small)
         if self.kind not in KINDS:
             raise UserError(f"{source} is a {self.kind}; supported: {', '.join(KINDS)}")
-        parts = {part for part, kinds in self.json(INDEX).items() if isinstance(kinds, list)}  # not a run's checkpoints
-        parts |= {*KINDS[self.kind], "scheduler", "low_res_scheduler", "tokenizer", "tokenizer_2"}
+        parts = {*KINDS[self.kind], "scheduler", "low_res_scheduler", "tokenizer", "tokenizer_2", "feature_extractor"}
         self.small_files = {name: data for name, data in small.items() if name == INDEX or name.split("/")[0] in parts}
         if tokenizer:
             self._take(vocabulary(path, tokenizer))
@@ -226,6 +231,17 @@ class Source:
         """The component's network with its weights, in eval mode. Raises UserError at the first name or shape that differs."""
         return fill(self.skeleton(name), self.weights[name], f"{self.name}: {name}", dtype, device)
 
+    def unlock(self, names: Iterable[str]) -> None:
+        """These networks' weights are about to change: let go of what is said of them as they were, averages and hashes.
+
+        Raises UserError for weights too coarse to take up a change.
+        """
+        for name in names:
+            if any(x.dtype.itemsize == 1 for x in files.meta(self.weights[name]).values()):
+                raise UserError(f"{self.name}: {name} is in 8 bits, too coarse to change: convert it with --dtype fp16 first")
+        self.rest = files.renamed(self.rest, {name: name for name in self.rest if not name.startswith("model_ema.")})
+        self.metadata = {key: text for key, text in self.metadata.items() if not OF_WEIGHTS.match(key)}
+
     def save(self, path: Path, weights: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype | None = None) -> None:
         """Write everything again, with these `weights` of networks where given, and as they were read where not.
 
@@ -277,7 +293,7 @@ def is_single_file(path: Path) -> bool:
     """Whether a single file is to be written there, or a folder. Raises UserError for a file of another kind."""
     if path.suffix.lower() in (*files.PICKLES, ".safetensors") and path.suffix != ".safetensors" and not path.is_dir():
         raise UserError(f"a single file is written as {path.with_suffix('.safetensors')}, not as {path.name}")
-    return path.suffix == ".safetensors"
+    return path.suffix == ".safetensors" and not path.is_dir()
 
 
 def fill(network: nn.Module, weights: Mapping[str, Tensor], name: str, dtype: torch.dtype, device: torch.device | str) -> Any:
@@ -310,8 +326,8 @@ def find(source: str | Path, variant: str | None = None, revision: str | None = 
         raise UserError(f"{path} is a file of unknown kind; a .safetensors file or a folder in the diffusers layout is needed")
     if path.is_dir():
         found = sorted(entry.name for entry in path.iterdir())[:6]
-        what = "a LoRA, to be used with its base model" if "pytorch_lora_weights.safetensors" in found else "no checkpoint"
-        raise UserError(f"{path} is {what}: it has no model_index.json, but {', '.join(found) or 'nothing'}")
+        what = next((what for name, what in PARTIAL.items() if name in found), "no checkpoint")
+        raise UserError(f"{path} is {what} (it has no model_index.json, but {', '.join(found) or 'nothing'})")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         raise UserError(f"{path} is missing: name a folder, a .safetensors file, or owner/name on the hub")
     return download(str(source), variant, revision)

@@ -35,8 +35,8 @@ def spans(length: int, tile: int, factor: int) -> list[tuple[int, Tensor]]:
     rest = length - tile
     starts = torch.linspace(0, rest, 1 + math.ceil(rest / (tile * (1 - OVERLAP)))).round().long().tolist()
     places = [slice(factor * start, factor * (start + tile)) for start in starts]
-    window = torch.sin(torch.pi * (torch.arange(factor * tile) + 0.5) / (factor * tile)) ** 2
-    total = torch.zeros(factor * length)
+    window = torch.sin(torch.pi * (torch.arange(factor * tile, dtype=torch.float32) + 0.5) / (factor * tile)) ** 2
+    total = torch.zeros(factor * length, dtype=torch.float32)
     for place in places:
         total[place] += window
     return [(start, window / total[place]) for start, place in zip(starts, places, strict=True)]

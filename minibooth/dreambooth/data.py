@@ -16,6 +16,7 @@ Image.MAX_IMAGE_PIXELS = 1 << 28  # a telephone's picture may have 200 million; 
 INTERPOLATION = {each.name.lower(): each for each in Image.Resampling}
 # Photographs that Pillow cannot open. A camera's raw file may open all the same: as a TIFF that holds the thumbnail.
 RAW = {".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".rw2"}
+PROGRAMS = {"EPS", "WMF"}  # to be run, by another program: nothing to do with what a stranger sends
 UNREADABLE = {".heic", ".heif", ".jxl"} | RAW
 
 
@@ -34,12 +35,12 @@ def find_pictures(folder: Path) -> tuple[list[Path], list[Path]]:
     name or its first bytes, and for a folder that is missing or holds no picture.
     """
     if not folder.is_dir():
-        raise UserError(f"no such folder of pictures: {folder}")
+        raise UserError(f"no such folder of pictures: {folder}{' (a file)' * folder.exists()}")
     pictures, skipped = list[Path](), list[Path]()
     for path in sorted(folder.iterdir()):
         (pictures if is_picture(path) else skipped).append(path)
     if not pictures:
-        raise UserError(f"no picture in {folder}: put JPEG or PNG files there")
+        raise UserError(f"no picture in {folder}: put JPEG or PNG files there (sub-folders are not entered)")
     return pictures, skipped
 
 
@@ -62,8 +63,8 @@ def open_picture(path: Path) -> Image.Image:
     """Decode a picture's first frame, upright, over white, as 8-bit sRGB. Raises UserError if that cannot be done."""
     try:
         with Image.open(path) as image:
-            if image.format == "TIFF" and path.suffix.lower() in RAW:
-                raise ValueError("a camera's raw file")
+            if image.format in PROGRAMS or (image.format == "TIFF" and path.suffix.lower() in RAW):
+                raise ValueError("a drawing, or a camera's raw file")
             picture, profile = to_rgb(ImageOps.exif_transpose(image)), image.info.get("icc_profile")
             return in_srgb(picture, profile) if profile else picture
     except Image.DecompressionBombError as error:

@@ -3,8 +3,7 @@
 import glob
 import json
 from pathlib import Path
-
-import huggingface_hub
+from typing import Any
 
 from minibooth.dreambooth.journal import PARTS, RESULTS
 from minibooth.dreambooth.settings import Settings
@@ -21,29 +20,37 @@ def model_card(settings: Settings, name: str) -> str:
     here, what = Path(model).exists(), "A LoRA of the UNet" if s.rank else "The UNet"
     return CARD.format(
         name=name, base="" if here else f"base_model: {model}\n", model=Path(model).name if here else model,
-        instance_prompt=s.instance_prompt, quoted_prompt=json.dumps(s.instance_prompt),  # a YAML string too, whatever is in it
+        # JSON's string is a YAML string too, whatever is in it
+        instance_prompt=s.instance_prompt, quoted_prompt=json.dumps(s.instance_prompt, ensure_ascii=False),
         trained=what + (" and the text encoder were" if s.train_text_encoder else " was"), resolution=s.resolution,
         prior=" with prior preservation" * s.with_prior_preservation, learning_rate=s.learning_rate,
     )  # fmt: skip
 
 
-def reserve(settings: Settings) -> huggingface_hub.RepoUrl:
+def api(settings: Settings) -> Any:
+    """The hub by the token of --hub_token, without the blanks of a file's end: an error would print it with them."""
+    from huggingface_hub import HfApi  # half a second
+
+    return HfApi(token=settings.hub_token and settings.hub_token.strip())
+
+
+def reserve(settings: Settings) -> Any:
     """Make the repository of --hub_model_id (or of the output folder's name) if need be, before hours go into its content.
 
     Returns its address. Raises UserError where the hub refuses or is not there.
     """
     name = settings.hub_model_id or Path(settings.output_dir).resolve().name
     with refusals(f"{name} cannot be uploaded to", "see --hub_model_id and --hub_token"):
-        return huggingface_hub.HfApi(token=settings.hub_token).create_repo(name, exist_ok=True)
+        return api(settings).create_repo(name, exist_ok=True)
 
 
-def push(settings: Settings) -> huggingface_hub.RepoUrl:
-    """Upload the result of each step, with a model card; returns where it is. Raises UserError if that fails."""
+def push(settings: Settings) -> str:
+    """Upload the result of each step, with a model card; returns its address. Raises UserError if that fails."""
     folder, repository = Path(settings.output_dir), reserve(settings)
     patterns = [pattern.format(glob.escape(folder.resolve().name)) for pattern in UPLOADED]
     patterns += [f"upscaler/{pattern.format('upscaler')}" for pattern in UPLOADED] * bool(settings.upscaler)
     with refusals(f"the model is in {folder}, but could not be uploaded", "see --hub_token"):
-        api, name = huggingface_hub.HfApi(token=settings.hub_token), repository.repo_id
-        api.upload_file(path_or_fileobj=model_card(settings, name).encode(), path_in_repo="README.md", repo_id=name)
-        api.upload_folder(repo_id=name, folder_path=folder, commit_message="End of training", allow_patterns=patterns)
-    return repository
+        name = repository.repo_id
+        api(settings).upload_file(path_or_fileobj=model_card(settings, name).encode(), path_in_repo="README.md", repo_id=name)
+        api(settings).upload_folder(repo_id=name, folder_path=folder, commit_message="End of training", allow_patterns=patterns)
+    return str(repository)

@@ -56,9 +56,8 @@ def named(instance_prompt: str, class_prompt: str) -> tuple[str, str]:
 
 
 def prompt_warnings(tokenizer: Tokenizer, instance_prompt: str, class_prompt: str) -> Iterator[str]:
-    """What speaks against the words of the identifier, and what of the prompts is not read, a line each."""
+    """What speaks against the words of the identifier, a line each."""
     vocabulary = tokenizer.backend.get_vocab()
-    yield from tokenizer.truncation_warnings((instance_prompt, class_prompt))
     for word in named(instance_prompt, class_prompt)[0].lower().split():
         tokens = tokenizer.tokens(word)
         if word in MEANINGS:

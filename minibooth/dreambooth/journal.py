@@ -29,16 +29,17 @@ from minibooth.dreambooth.settings import WITHOUT_EFFECT, Settings
 from minibooth.errors import UserError
 
 RESULTS = (INDEX, DIFFUSERS, "{}.safetensors")  # of which a finished run leaves one; {}: the folder's name
-PARTS = "unet", "vae", "text_encoder*", "tokenizer*", "scheduler", "low_res_scheduler"  # a pipeline's folders
+# a pipeline's folders
+PARTS = "unet", "vae", "text_encoder*", "tokenizer*", "scheduler", "low_res_scheduler", "feature_extractor"
 SAME = (
     "rank", "lora_alpha", "lora_targets", "train_text_encoder", "use_8bit_adam", "full_bf16", "instance_prompt",
     "prediction_type",
 )  # fmt: skip
 NAMED = "pretrained_model_name_or_path", "instance_data_dir"  # the same by their last name, wherever they lie by now
 # What a run would overwrite.
-TAKEN = ("run.json", "metrics.jsonl", "report.html", "checkpoint-*", "samples/step-*.png", *PARTS, *RESULTS)
-# What a killed run was writing.
-HALF = (*(f".{name}.????????" for name in (*TAKEN, "{}")), "samples/.*.????????", "class/drawn-*/.*.????????")
+TAKEN = ("run.json", "metrics.jsonl", "report.html", "checkpoint-*", "samples/*.png", *PARTS, *RESULTS)
+# What a killed run was writing or deleting.
+HALF = tuple(f"{folder}{files.HALF}????????" for folder in ("", "samples/", "class/drawn-*/"))
 # Settings on which no result depends.
 FREE = {"resume_from_checkpoint", "hub_token", "hub_model_id", "push_to_hub", "checkpoints_total_limit", "upscaler"}
 
@@ -62,6 +63,8 @@ class Journal:
         goes_on = self.finished or (resumed.resolve() in own if resumed else begun and (same or not done))
         if (taken := self.has(*TAKEN)) and not (asked and goes_on):
             remedy = ", or go on with --resume_from_checkpoint latest" * bool(begun and not asked)
+            further = "; no checkpoint is there to go on from, but its result can be a --pretrained_model_name_or_path"
+            remedy += further * bool(done and asked and not resumed)
             raise UserError(f"{self.folder} already holds {taken[0].name}: choose another --output_dir{remedy}")
 
     def has(self, *patterns: str) -> list[Path]:
@@ -80,20 +83,17 @@ class Journal:
     def locked(self) -> Iterator[None]:
         """Within, no other run can begin in the folder, as far as the system has locks. Raises UserError where one goes on."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if os.name != "posix":
-            yield
-            return
-        import fcntl
-
         with contextlib.ExitStack() as held:
-            place = os.open(self.folder, os.O_RDONLY)
-            held.callback(os.close, place)
-            try:
-                fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"another run is going on in {self.folder}: choose another --output_dir") from None
-            except OSError:
-                pass  # no locks there
+            with contextlib.suppress(ImportError, OSError):
+                import fcntl  # not everywhere
+
+                place = os.open(self.folder, os.O_RDONLY)
+                held.callback(os.close, place)
+                try:
+                    fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise UserError(f"another run is going on in {self.folder}: choose another --output_dir") from None
+            Journal(self.settings)  # another may have run since this one looked
             yield
 
     def open(self, step: int, python: str = "python") -> None:
@@ -129,7 +129,7 @@ class Journal:
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """Steps and folders of the checkpoints that are there, oldest first; each is whole, since it was moved into place."""
-        return numbered(self.folder, r"checkpoint-(\d+)")
+        return [(step, path) for step, path in numbered(self.folder, r"checkpoint-(\d+)") if path.is_dir()]
 
     def to_resume(self) -> Path | None:
         """The checkpoint that --resume_from_checkpoint means; None where "latest" finds none, or nothing was asked."""
@@ -161,8 +161,9 @@ class Journal:
     def prune(self) -> None:
         """Delete the oldest checkpoints beyond --checkpoints_total_limit; to be called once the newest is whole."""
         limit = self.settings.checkpoints_total_limit
-        for _, path in self.checkpoints()[: -limit if limit else 0]:
-            shutil.rmtree(path.rename(path.with_name(f".{path.name}.deleting")))  # a killed run leaves no part of one
+        own = [path for _, path in self.checkpoints() if not path.is_symlink()]
+        for path in own[: -limit if limit else 0]:
+            shutil.rmtree(path.rename(path.with_name(f"{files.HALF}deleting")))  # a killed run leaves no part of one
 
 
 def numbered(folder: Path, name: str) -> list[tuple[int, Path]]:

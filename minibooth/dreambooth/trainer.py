@@ -303,9 +303,10 @@ class Trainer:
         about |= {"caption": self.stage.caption} if self.stage.caption else {}
         path = self.journal.folder / "samples" / f"step-{step}.png"
         save_png(grid(pictures, columns=len(rows[0])), path, about)
-        before = path.with_name("step-0.png")
-        if step == self.steps and before.exists():
-            save_png(grid([Image.open(before), Image.open(path)], columns=2), path.with_name("before-after.png"), about)
+        if step == self.steps:
+            with contextlib.suppress(OSError):  # no picture of step 0, or a broken one
+                both = [Image.open(path.with_name("step-0.png")), Image.open(path)]
+                save_png(grid(both, columns=2), path.with_name("before-after.png"), about)
 
     def show(self) -> list[list[Image.Image]]:
         """Rows of pictures for the validation prompts, from the same noise each time."""
@@ -318,7 +319,7 @@ class Trainer:
             return
         try:
             report.write(self.journal.folder)
-        except (OSError, ValueError) as error:
+        except Exception as error:
             tqdm.write(f"report.html was not written: {error}", file=sys.stderr)
 
     def validation_conditions(self) -> tuple[list[Condition], Condition]:
@@ -374,7 +375,8 @@ class Trainer:
         if self.skipped:
             rows.append(("skipped", ", ".join(path.name for path in self.skipped)))
         notes = *s.notes(), *prompt_warnings(self.pipe.tokenizer, s.instance_prompt, s.class_prompt)
-        return rows + [("note", note) for note in notes]
+        prompts = s.instance_prompt, s.class_prompt, *(s.validation_prompt or "").split("|")
+        return rows + [("note", note) for note in (*notes, *self.pipe.tokenizer.truncation_warnings(prompts))]
 
 
 @contextlib.contextmanager

@@ -39,6 +39,8 @@ class Weights:
         trained = ["unet", *pipe.texts] if settings.train_text_encoder else ["unet"]
         self.trained: dict[str, nn.Module] = {name: getattr(pipe, name) for name in trained}
         self.lora = {name: self.adapters(name) for name in self.trained if settings.rank}
+        if not settings.rank:
+            pipe.source.unlock(trained)
         if resumed and not settings.rank:
             for name, network in self.trained.items():
                 check(network, self.saved(name), f"{resumed}: {name}")
