@@ -1,7 +1,12 @@
-"""How ours is held against a reference: seeded inputs, and differences of tensors, gradients and pictures."""
+"""How one thing is held against another: seeded inputs, and differences of tensors, files, gradients and pictures."""
+
+from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 
 def normals(*shape, seed=0):
@@ -12,6 +17,29 @@ def error(ours, theirs):
     """Largest difference, in units of the largest value."""
     assert ours.shape == theirs.shape
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def differing(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> set[str]:
+    """Of two sets of tensors by name: the names that only one has, or whose dtypes, shapes or bits are not equal."""
+
+    def same(a: Tensor, b: Tensor) -> bool:
+        return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(bits(a), bits(b))
+
+    def bits(x: Tensor) -> Tensor:
+        return x.contiguous().flatten().view(torch.uint8)
+
+    return {name for name in one.keys() | other.keys() if not (name in one and name in other and same(one[name], other[name]))}
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a pipeline's folder, or of a checkpoint's, by network."""
+    found = [path for part in ("text_encoder*", "unet", "vae") for path in folder.glob(f"{part}/*.safetensors")]
+    return {f"{path.parent.name}/{name}": tensor for path in found for name, tensor in load_file(path).items()}
+
+
+def only(tensors: Mapping[str, Tensor], *networks: str) -> dict[str, Tensor]:
+    """Those of some of the networks."""
+    return {name: tensor for name, tensor in tensors.items() if name.split("/")[0] in networks}
 
 
 def pixels(pictures):

@@ -5,7 +5,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import torch
 from conftest import SD2, SDXL, X4, make_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -46,7 +45,6 @@ TEXT = {  # where each file's text encoders stand
     "x4": ["cond_stage_model.model."],
     "sdxl": ["conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."],
 }
-PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 KEPT = tempfile.TemporaryDirectory(prefix="minibooth-")
 
 
@@ -89,18 +87,3 @@ def metadata(path: Path) -> dict[str, str]:
 def states(pipe) -> dict[str, Tensor]:
     """All tensors of a pipeline, by network."""
     return {f"{part}/{name}": x for part, network in pipe.networks.items() for name, x in network.state_dict().items()}
-
-
-def weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder, by network."""
-    found = [path for part in PARTS for path in folder.glob(f"{part}/*.safetensors")]
-    return {f"{path.parent.name}/{name}": tensor for path in found for name, tensor in load_file(path).items()}
-
-
-def assert_same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
-    """Equal names, dtypes, shapes and bits."""
-    assert left.keys() == right.keys()
-    for name in left:
-        assert (left[name].dtype, left[name].shape) == (right[name].dtype, right[name].shape), name
-        one, other = (x[name].contiguous().flatten().view(torch.uint8) for x in (left, right))
-        assert torch.equal(one, other), name

@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from conftest import make_checkpoint
 from PIL import Image
-from safetensors.torch import load_file
-from torch import Tensor
 
 from minibooth import command
 from minibooth import train as command_line
@@ -93,24 +91,6 @@ def run(words: list[str]) -> int:
         command.run(command_line.main, ["train.py", *words])
     except SystemExit as end:
         return end.code
-
-
-def weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a pipeline's folder, or of a checkpoint's, by network."""
-    found = [path for network in ("text_encoder", "unet", "vae") for path in folder.glob(f"{network}/*.safetensors")]
-    return {f"{path.parent.name}/{name}": tensor for path in found for name, tensor in load_file(path).items()}
-
-
-def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    """Whether two sets of tensors have equal names, dtypes and bits."""
-    if one.keys() != other.keys() or any(one[name].dtype != other[name].dtype for name in one):
-        return False
-    return all(torch.equal(one[name].flatten().view(torch.uint8), other[name].flatten().view(torch.uint8)) for name in one)
-
-
-def only(tensors: dict[str, Tensor], *networks: str) -> dict[str, Tensor]:
-    """Those of some of the networks."""
-    return {name: tensor for name, tensor in tensors.items() if name.split("/")[0] in networks}
 
 
 def metrics(folder: Path) -> list[dict]:

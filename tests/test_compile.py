@@ -4,10 +4,10 @@ import functools
 
 import pytest
 import torch
-from comparing import error, normals
+from comparing import error, normals, weights
 from PIL import Image
 from small_run import metrics as metrics_of
-from small_run import small, train, trainer, weights, with_class
+from small_run import small, train, trainer, with_class
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor import async_compile, metrics

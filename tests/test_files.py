@@ -9,18 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from comparing import differing
 from safetensors.torch import save_file
 
 from minibooth.checkpoint import files
 from minibooth.errors import UserError
 
 TENSORS = {"a.weight": torch.arange(12.0).reshape(3, 4), "b": torch.tensor([1.5]).half(), "c": torch.ones(2).bfloat16()}
-
-
-def equal(left, right):
-    """The same names, dtypes and bits."""
-    same = (left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in right)
-    return left.keys() == right.keys() and all(same)
 
 
 def shard(folder, tensors=TENSORS, infix=""):
@@ -44,14 +39,14 @@ def refusal(folder, *arguments):
 
 def test_tensors_come_back_in_the_dtype_of_the_file(tmp_path):
     save_file(TENSORS, tmp_path / "model.safetensors")
-    assert equal(files.weights_of(tmp_path, "model"), TENSORS)
+    assert not differing(files.weights_of(tmp_path, "model"), TENSORS)
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
 def test_shards_are_one_mapping(tmp_path, variant):
     shard(tmp_path, infix=f".{variant}" if variant else "")
     tensors = files.weights_of(tmp_path, "model", variant)
-    assert equal(tensors, TENSORS)
+    assert not differing(tensors, TENSORS)
     assert len(tensors) == 3
 
 
@@ -66,7 +61,7 @@ def test_weights_can_be_read_after_their_file_is_gone(tmp_path):
     save_file(TENSORS, tmp_path / "model.safetensors")
     tensors = files.weights_of(tmp_path, "model")
     (tmp_path / "model.safetensors").unlink()
-    assert equal(tensors, TENSORS)
+    assert not differing(tensors, TENSORS)
 
 
 def test_a_file_is_mapped_in_parts_each_as_long_as_a_tensor_of_it_is_held(tmp_path, monkeypatch):
@@ -83,12 +78,12 @@ def test_a_file_is_mapped_in_parts_each_as_long_as_a_tensor_of_it_is_held(tmp_pa
     tensors = files.weights_of(tmp_path, "model")
     assert mapped() in (0, None)
     held = {name: tensors[name] for name in tensors}
-    assert equal(held, many)
+    assert not differing(held, many)
     assert mapped() in (5, None)  # one for each that holds something
     held["1"].zero_()
     del held
     assert mapped() in (0, None)
-    assert equal(tensors, many)
+    assert not differing(tensors, many)
 
 
 def test_a_file_may_lie_at_any_byte(tmp_path):
@@ -204,7 +199,7 @@ def test_broken_json_is_named(tmp_path, text, reason):
 
 def test_what_is_written_is_what_is_read(tmp_path):
     files.write_weights(tmp_path / "new" / "model.safetensors", TENSORS)
-    assert equal(files.weights_of(tmp_path / "new", "model"), TENSORS)
+    assert not differing(files.weights_of(tmp_path / "new", "model"), TENSORS)
     assert [path.name for path in tmp_path.rglob("*")] == ["new", "model.safetensors"]
 
 
@@ -212,7 +207,7 @@ def test_tensors_are_written_in_the_dtype_of_others(tmp_path):
     trained = {name: tensor.float() + 1 for name, tensor in TENSORS.items()}
     files.write_weights(tmp_path / "model.safetensors", trained, like=TENSORS)
     written = files.weights_of(tmp_path, "model")
-    assert equal(written, {name: (tensor + 1).to(tensor.dtype) for name, tensor in TENSORS.items()})
+    assert not differing(written, {name: (tensor + 1).to(tensor.dtype) for name, tensor in TENSORS.items()})
 
 
 def test_a_tensor_that_is_a_view_is_written(tmp_path):

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import single_files
 import torch
+from comparing import differing, weights
 from conftest import write_json
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from single_files import assert_same_bits, change, file, folder, metadata, states
+from single_files import change, file, folder, metadata, states
 from small_run import small, train
 
 import minibooth
@@ -67,7 +68,7 @@ def test_diffusers_reads_our_file_as_it_reads_the_folder(kind):
     theirs = reference(kind).from_single_file(str(file(kind)), config=str(folder(kind)), local_files_only=True)
     expected = reference(kind).from_pretrained(folder(kind))
     for part in Source.open(folder(kind)).weights:
-        assert_same_bits(getattr(theirs, part).state_dict(), getattr(expected, part).state_dict())
+        assert not differing(getattr(theirs, part).state_dict(), getattr(expected, part).state_dict())
 
 
 PUBLISHED = {  # names and shapes of the published files, at the width of ours
@@ -314,7 +315,7 @@ def published_configs():
 @kinds
 def test_a_file_is_the_pipeline_of_its_folder(kind):
     ours, expected = minibooth.load(file(kind)), minibooth.load(folder(kind))
-    assert_same_bits(states(ours), states(expected))
+    assert not differing(states(ours), states(expected))
     assert np.abs(draw(ours, kind) - draw(expected, kind)).max() <= 1  # where tensors lie in memory decides about last bits
     assert (ours.vae.scaling_factor, ours.sampler) == (expected.vae.scaling_factor, expected.sampler)
     assert torch.equal(ours.scheduler.alphas_cumprod, expected.scheduler.alphas_cumprod)
@@ -343,14 +344,14 @@ def test_files_of_any_precision_are_read(kind, stored, tmp_path):
     path = change(file(kind), tmp_path / "x.safetensors", lambda x: {name: y.to(stored) for name, y in x.items()})
     opened = minibooth.load(path, tokenizer=folder(kind), prediction_type="epsilon")
     expected = {name: x.to(stored).float() for name, x in states(minibooth.load(folder(kind))).items()}
-    assert_same_bits(states(opened), expected)
+    assert not differing(states(opened), expected)
 
 
 @kinds
 def test_a_file_becomes_a_folder_that_diffusers_opens(kind, tmp_path):
     pipe = minibooth.load(file(kind))
     pipe.save(tmp_path / "folder")
-    assert_same_bits(single_files.weights(tmp_path / "folder"), single_files.weights(folder(kind)))
+    assert not differing(weights(tmp_path / "folder"), weights(folder(kind)))
     theirs = reference(kind).from_pretrained(tmp_path / "folder")
     what = dict(image=PICTURE) if kind == "x4" else dict(height=64, width=64)
     options = dict(output_type="np", num_inference_steps=2, guidance_scale=7.5, generator=torch.Generator().manual_seed(1))
@@ -395,11 +396,11 @@ def test_everything_comes_back_bit_for_bit(kind, stored, tmp_path):
     path = change(file(kind), tmp_path / "x.safetensors", edit, said)
     pipe = minibooth.load(path, tokenizer=folder(kind))
     pipe.save(tmp_path / "again.safetensors")
-    assert_same_bits(load_file(tmp_path / "again.safetensors"), load_file(path))
+    assert not differing(load_file(tmp_path / "again.safetensors"), load_file(path))
     told = metadata(tmp_path / "again.safetensors")
     assert {key: text for key, text in told.items() if not key.startswith(OURS)} == said
     pipe.save(path)  # over itself
-    assert_same_bits(load_file(path), load_file(tmp_path / "again.safetensors"))
+    assert not differing(load_file(path), load_file(tmp_path / "again.safetensors"))
 
 
 def test_training_changes_what_was_trained_alone(tmp_path):
@@ -417,7 +418,7 @@ def test_training_changes_what_was_trained_alone(tmp_path):
     expected[128:256] += 1
     assert torch.equal(after[joined], expected)
     untouched = before.keys() - {stem, joined}
-    assert_same_bits({name: after[name] for name in untouched}, {name: before[name] for name in untouched})
+    assert not differing({name: after[name] for name in untouched}, {name: before[name] for name in untouched})
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
@@ -428,9 +429,9 @@ def test_old_names_are_read_and_todays_written(kind, tmp_path):
     path = change(file(kind), tmp_path / "x.safetensors", bare)
     assert load_file(path).keys() != load_file(file(kind)).keys()
     pipe = minibooth.load(path, tokenizer=folder(kind))
-    assert_same_bits(states(pipe), states(minibooth.load(folder(kind))))
+    assert not differing(states(pipe), states(minibooth.load(folder(kind))))
     pipe.save(tmp_path / "again.safetensors")
-    assert_same_bits(load_file(tmp_path / "again.safetensors"), load_file(file(kind)))
+    assert not differing(load_file(tmp_path / "again.safetensors"), load_file(file(kind)))
 
 
 def test_what_other_programs_call_otherwise_is_read(tmp_path):
@@ -447,17 +448,17 @@ def test_what_other_programs_call_otherwise_is_read(tmp_path):
         path = change(file(kind), tmp_path / f"{kind}.safetensors", edit)
         assert load_file(path).keys() != load_file(file(kind)).keys()
         pipe = minibooth.load(path, tokenizer=folder(kind), prediction_type="v_prediction" if kind == "sd2" else None)
-        assert_same_bits(states(pipe), states(minibooth.load(folder(kind))))
+        assert not differing(states(pipe), states(minibooth.load(folder(kind))))
         pipe.save(tmp_path / "again.safetensors")
-        assert_same_bits(load_file(tmp_path / "again.safetensors"), load_file(file(kind)))
+        assert not differing(load_file(tmp_path / "again.safetensors"), load_file(file(kind)))
 
 
 def test_the_average_is_taken_where_it_is_asked_for(tmp_path):
     path = change(file("sd1"), tmp_path / "x.safetensors", with_everything("sd1"))
     left, taken = (minibooth.load(path, tokenizer=folder("sd1"), ema=ema) for ema in (False, True))
     expected = states(minibooth.load(folder("sd1")))
-    assert_same_bits(states(left), expected)
-    assert_same_bits(states(taken), {name: x + name.startswith("unet/") for name, x in expected.items()})
+    assert not differing(states(left), expected)
+    assert not differing(states(taken), {name: x + name.startswith("unet/") for name, x in expected.items()})
     taken.save(tmp_path / "taken.safetensors")
     written = load_file(tmp_path / "taken.safetensors")
     assert not any(name.startswith("model_ema") for name in written)
@@ -489,9 +490,9 @@ def test_the_24th_layer_of_sd_2_is_kept_but_not_used(tmp_path):
 
     for path in (tmp_path / "x.safetensors", change(tmp_path / "x.safetensors", tmp_path / "24.safetensors", grow)):
         opened = minibooth.load(path, tokenizer=published, prediction_type="v_prediction")
-        assert_same_bits(states(opened), states(pipe))
+        assert not differing(states(opened), states(pipe))
         opened.save(tmp_path / "again.safetensors")
-        assert_same_bits(load_file(tmp_path / "again.safetensors"), load_file(path))
+        assert not differing(load_file(tmp_path / "again.safetensors"), load_file(path))
 
 
 # ---- epsilon or v
@@ -565,7 +566,7 @@ def test_comfyuis_keys_are_believed(tmp_path):
     assert pipe.scheduler.alphas_cumprod[-1] == 0
     assert pipe.scheduler.timestep_spacing == "trailing"
     pipe.save(tmp_path / "again.safetensors")
-    assert_same_bits(load_file(tmp_path / "again.safetensors"), load_file(path))
+    assert not differing(load_file(tmp_path / "again.safetensors"), load_file(path))
     pipe.save(tmp_path / "folder")
     minibooth.load(tmp_path / "folder").save(tmp_path / "new.safetensors")
     assert load_file(tmp_path / "new.safetensors").keys() == load_file(path).keys()
@@ -742,7 +743,7 @@ def test_a_float8_file_is_read(tmp_path):
     path = change(file("sd1"), tmp_path / "x.safetensors", lambda x: {name: y.to(torch.float8_e4m3fn) for name, y in x.items()})
     pipe = minibooth.load(path, tokenizer=folder("sd1"))
     expected = {name: x.to(torch.float8_e4m3fn).float() for name, x in states(minibooth.load(folder("sd1"))).items()}
-    assert_same_bits(states(pipe), expected)
+    assert not differing(states(pipe), expected)
 
 
 def test_a_hundred_tensors_take_the_memory_of_one(tmp_path):
@@ -778,4 +779,4 @@ def test_safetensors_own_writer_and_ours_agree(tmp_path):
     tensors = {f"{dtype}": torch.arange(3).to(dtype) for dtype in kinds} | {"0": torch.tensor(1.5), "none": torch.empty(0, 3)}
     save_file(tensors, tmp_path / "theirs.safetensors")
     files.write_weights(tmp_path / "ours.safetensors", tensors)
-    assert_same_bits(load_file(tmp_path / "ours.safetensors"), load_file(tmp_path / "theirs.safetensors"))
+    assert not differing(load_file(tmp_path / "ours.safetensors"), load_file(tmp_path / "theirs.safetensors"))

@@ -9,8 +9,10 @@ import warnings
 
 import pytest
 import torch
+from comparing import differing
 from conftest import END, write_json
 from safetensors.torch import load_file, save_file
+from single_files import states
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
@@ -55,17 +57,6 @@ def edit(path, **changes):
     write_json(path, json.loads(path.read_text()) | changes)
 
 
-def states(pipe):
-    return {f"{name}.{key}": x for name in NETWORKS for key, x in getattr(pipe, name).state_dict().items()}
-
-
-def assert_equal(left, right):
-    assert left.keys() == right.keys()
-    for key in left:
-        assert left[key].dtype == right[key].dtype, key
-        assert torch.equal(left[key], right[key]), key
-
-
 def refusal(source, **options):
     with pytest.raises(UserError) as caught:
         minibooth.load(source, **options)
@@ -83,7 +74,7 @@ def content(folder):
 def test_every_tensor_of_the_files_is_in_the_networks_under_its_name(checkpoint):
     pipe = minibooth.load(checkpoint)
     for name in NETWORKS:
-        assert_equal(dict(getattr(pipe, name).state_dict()), load_file(weights(checkpoint, name)))
+        assert not differing(dict(getattr(pipe, name).state_dict()), load_file(weights(checkpoint, name)))
         assert not getattr(pipe, name).training
 
 
@@ -92,7 +83,7 @@ def test_every_tensor_of_the_files_is_in_the_networks_under_its_name(checkpoint)
 def test_files_of_any_precision_give_networks_of_any(sd1, copy_of, stored, wanted):
     folder = rewrite(copy_of(sd1), lambda tensors: {key: x.to(stored) for key, x in tensors.items()})
     expected = {key: x.to(stored).to(wanted) for key, x in states(minibooth.load(sd1)).items()}
-    assert_equal(states(minibooth.load(folder, dtype=wanted)), expected)
+    assert not differing(states(minibooth.load(folder, dtype=wanted)), expected)
 
 
 OLD_NAMES = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
@@ -126,7 +117,7 @@ LAYOUTS = {
 def test_whatever_the_layout_the_networks_are_the_same(sd1, copy_of, change):
     folder = change(copy_of(sd1))
     assert content(folder) != content(sd1)
-    assert_equal(states(minibooth.load(folder)), states(minibooth.load(sd1)))
+    assert not differing(states(minibooth.load(folder)), states(minibooth.load(sd1)))
 
 
 def test_a_copy_of_a_pipeline_is_independent_and_can_be_saved(sd1, tmp_path):
@@ -148,7 +139,7 @@ def test_a_variant_is_read_where_it_is_asked_for(sd1, copy_of):
 
     folder = rewrite(copy_of(sd1), half, infix=".fp16")
     expected = {key: x.half().float() for key, x in states(minibooth.load(sd1)).items()}
-    assert_equal(states(minibooth.load(folder, variant="fp16")), expected)
+    assert not differing(states(minibooth.load(folder, variant="fp16")), expected)
     assert "fp16: see --variant" in refusal(folder)
 
 
@@ -157,8 +148,8 @@ def test_what_lacks_a_variant_that_others_have_is_read_as_it_is(sd1, copy_of):
     folder = copy_of(sd1)
     shutil.copy(weights(folder, "unet"), weights(folder, "unet", ".ema"))
     rewrite(folder, lambda tensors: {key: x + 1 for key, x in tensors.items()}, ["unet"], infix=".non_ema")
-    expected = {key: x + key.startswith("unet.") for key, x in states(minibooth.load(sd1)).items()}
-    assert_equal(states(minibooth.load(folder, variant="non_ema")), expected)
+    expected = {key: x + key.startswith("unet/") for key, x in states(minibooth.load(sd1)).items()}
+    assert not differing(states(minibooth.load(folder, variant="non_ema")), expected)
     assert "the variants there are ema, non_ema" in refusal(folder)
     assert "the variants there are without a name" in refusal(sd1, variant="non_ema")
 
@@ -167,13 +158,13 @@ def test_what_diffusers_ema_notes_of_itself_says_nothing_of_the_network(sd1, cop
     folder = copy_of(sd1)
     counters = dict(decay=0.9999, min_decay=0.0, optimization_step=100, update_after_step=5)
     edit(folder / "unet" / "config.json", inv_gamma=1.0, power=0.75, use_ema_warmup=True, **counters)
-    assert_equal(states(minibooth.load(folder)), states(minibooth.load(sd1)))
+    assert not differing(states(minibooth.load(folder)), states(minibooth.load(sd1)))
 
 
 def test_a_text_encoder_may_keep_what_only_training_needs(sd1, copy_of):
     file = copy_of(sd1) / "text_encoder" / "model.safetensors"
     save_file(load_file(file) | {"logit_scale": torch.tensor(4.6)}, file)
-    assert_equal(states(minibooth.load(file.parents[1])), states(minibooth.load(sd1)))
+    assert not differing(states(minibooth.load(file.parents[1])), states(minibooth.load(sd1)))
 
 
 SIZES = [("0.6.0", 32, 64), ("0.8.1", 32, 64), ("0.6.0", 96, 96), ("0.6.0", [32, 32], 32), ("0.9.0", 32, 32), (None, 32, 32)]
@@ -413,7 +404,7 @@ def test_what_was_not_trained_comes_back_bit_for_bit(checkpoint, tmp_path):
     assert after.keys() == before.keys()
     assert {name for name in before if after[name] != before[name]} <= {name for name in before if "safetensors" in name}
     for name in NETWORKS:
-        assert_equal(load_file(weights(tmp_path / "saved", name)), load_file(weights(checkpoint, name)))
+        assert not differing(load_file(weights(tmp_path / "saved", name)), load_file(weights(checkpoint, name)))
 
 
 @pytest.mark.parametrize("change", LAYOUTS.values(), ids=LAYOUTS)
@@ -421,7 +412,7 @@ def test_whatever_the_layout_was_the_published_one_is_written(sd1, copy_of, tmp_
     minibooth.load(change(copy_of(sd1))).save(tmp_path / "saved")
     assert content(tmp_path / "saved").keys() == content(sd1).keys()
     for name in NETWORKS:
-        assert_equal(load_file(weights(tmp_path / "saved", name)), load_file(weights(sd1, name)))
+        assert not differing(load_file(weights(tmp_path / "saved", name)), load_file(weights(sd1, name)))
 
 
 def test_half_precision_files_stay_so_and_take_what_was_trained(sd1, copy_of, tmp_path):
@@ -431,10 +422,10 @@ def test_half_precision_files_stay_so_and_take_what_was_trained(sd1, copy_of, tm
         pipe.unet.conv_out.bias += 1
     pipe.save(tmp_path / "saved")
     for name in ("text_encoder", "vae"):
-        assert_equal(load_file(weights(tmp_path / "saved", name)), load_file(weights(folder, name, ".fp16")))
+        assert not differing(load_file(weights(tmp_path / "saved", name)), load_file(weights(folder, name, ".fp16")))
     expected = load_file(weights(folder, "unet", ".fp16"))
     expected["conv_out.bias"] = (expected["conv_out.bias"].float() + 1).half()
-    assert_equal(load_file(weights(tmp_path / "saved", "unet")), expected)
+    assert not differing(load_file(weights(tmp_path / "saved", "unet")), expected)
 
 
 def test_released_networks_are_written_all_the_same(sd1, copy_of, tmp_path):
@@ -443,7 +434,7 @@ def test_released_networks_are_written_all_the_same(sd1, copy_of, tmp_path):
     pipe.vae = pipe.text_encoder = None
     shutil.rmtree(folder)  # the files were open
     pipe.save(tmp_path / "saved")
-    assert_equal(states(minibooth.load(tmp_path / "saved")), states(minibooth.load(sd1)))
+    assert not differing(states(minibooth.load(tmp_path / "saved")), states(minibooth.load(sd1)))
 
 
 def test_saving_over_a_checkpoint_replaces_it_and_keeps_other_files(sd1, sd2, copy_of):
@@ -453,7 +444,7 @@ def test_saving_over_a_checkpoint_replaces_it_and_keeps_other_files(sd1, sd2, co
     (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"of the old one")
     minibooth.load(sd1).save(folder)
     assert content(folder).keys() == {*content(sd1), "samples/1.png"}
-    assert_equal(states(minibooth.load(folder)), states(minibooth.load(sd1)))
+    assert not differing(states(minibooth.load(folder)), states(minibooth.load(sd1)))
 
 
 def test_a_pipeline_can_be_saved_over_the_folder_it_was_read_from(sd1, copy_of):
@@ -461,8 +452,8 @@ def test_a_pipeline_can_be_saved_over_the_folder_it_was_read_from(sd1, copy_of):
     pipe = minibooth.load(folder)
     for _ in range(2):
         pipe.save(folder)
-    assert_equal(states(pipe), states(minibooth.load(sd1)))
-    assert_equal(states(minibooth.load(folder)), states(minibooth.load(sd1)))
+    assert not differing(states(pipe), states(minibooth.load(sd1)))
+    assert not differing(states(minibooth.load(folder)), states(minibooth.load(sd1)))
 
 
 @pytest.mark.parametrize("survives", range(3))
@@ -550,9 +541,9 @@ def test_diffusers_opens_what_was_saved_without_a_complaint(checkpoint, copy_of,
     said += [text for text in caplog.messages if "missing" in text.lower() or "unexpected" in text.lower()]
     assert not [text for text in said if "torchvision" not in text]  # of which transformers complains once, on import
     for name in ("unet", "vae"):
-        assert_equal(dict(getattr(opened, name).state_dict()), dict(getattr(pipe, name).state_dict()))
+        assert not differing(dict(getattr(opened, name).state_dict()), dict(getattr(pipe, name).state_dict()))
     theirs = {key: x for key, x in opened.text_encoder.state_dict().items() if "position_ids" not in key}
     ours = dict(pipe.text_encoder.state_dict())
     if not any(key.startswith("text_model.") for key in theirs):  # transformers 5 has done away with the prefix
         ours = {key.removeprefix("text_model."): x for key, x in ours.items()}
-    assert_equal(theirs, ours)
+    assert not differing(theirs, ours)

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
+from comparing import differing
 from safetensors.torch import load_file, save_file
-from small_run import flags, metrics, run, same_bits, small, tiny, train, trainer, with_class
+from single_files import metadata
+from small_run import flags, metrics, run, small, tiny, train, trainer, with_class
 
 import minibooth
 from minibooth import command, convert, generate
@@ -136,7 +137,7 @@ def test_several_are_a_weighted_sum_live_and_saved(name, checkpoint):
             state[f"{layer}.weight"] = state[f"{layer}.weight"] + update.detach().reshape(state[f"{layer}.weight"].shape)
         lora.attach(network, made)
     untouched = {key: p for key, p in network.named_parameters() if ".adapters." not in key}
-    assert same_bits(untouched, dict(plain.named_parameters()))
+    assert not differing(untouched, dict(plain.named_parameters()))
     plain.load_state_dict(state)
     expected = plain(*inputs(plain))
     assert (network(*inputs(network)) - expected).abs().max() < 1e-5 * expected.abs().max()
@@ -176,7 +177,7 @@ def test_both_files_draw_the_same_picture_live_and_saved(base, tmp_path):
     live.save(tmp_path / "saved.safetensors")
     ways.append(pixels(minibooth.load(tmp_path / "saved")))
     saved, file = (Source.open(tmp_path / name, tokenizer=base / "tokenizer") for name in ("saved", "saved.safetensors"))
-    assert all(same_bits(dict(file.weights[name]), dict(tensors)) for name, tensors in saved.weights.items())
+    assert not {name: found for name, tensors in saved.weights.items() if (found := differing(file.weights[name], tensors))}
     assert np.abs(ways[0] - plain).max() > 20
     assert all(np.abs(way - ways[0]).max() <= 1 for way in ways)
 
@@ -437,7 +438,7 @@ def test_the_commands_take_several_with_strengths(sd1, tmp_path, capsys):
     for target in ("merged", "merged.safetensors"):
         convert.main([*map(str, [sd1, tmp_path / target, *words])])
     merged, file = (Source.open(tmp_path / name, tokenizer=sd1 / "tokenizer") for name in ("merged", "merged.safetensors"))
-    assert all(same_bits(dict(file.weights[name]), dict(tensors)) for name, tensors in merged.weights.items())
+    assert not {name: found for name, tensors in merged.weights.items() if (found := differing(file.weights[name], tensors))}
     generate.main([*map(str, ["--model", tmp_path / "merged", *draw, tmp_path / "of-merged"])])
     plain = ["--model", sd1, *draw, tmp_path / "plain"]
     generate.main([*map(str, plain)])
@@ -463,11 +464,6 @@ def lora_files(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{path.name}/{key}": x for path in folder.glob("*.safetensors") for key, x in load_file(path).items()}
 
 
-def metadata(path: Path) -> dict[str, str]:
-    with safe_open(path, "pt") as file:
-        return file.metadata()
-
-
 RUNS = {
     "attention": {},
     "all": {"lora_targets": "all", "lora_alpha": 1.7, "train_text_encoder": True},
@@ -490,9 +486,9 @@ def test_a_resumed_run_ends_in_the_bits_of_one_never_stopped(name, dtype, tmp_pa
         (shutil.copytree if kept == "checkpoint-2" else shutil.copy)(whole / kept, stopped / kept)
     torch.randn(7)
     changes |= {"output_dir": str(stopped), "resume_from_checkpoint": "latest", "seed": None}
-    assert same_bits(lora_files(train(small(tmp_path, **changes), dtype)), lora_files(whole))
+    assert not differing(lora_files(train(small(tmp_path, **changes), dtype)), lora_files(whole))
     assert metrics(stopped) == metrics(whole) and len(metrics(whole)) == 5
-    assert same_bits(lora_files(stopped / "checkpoint-4"), lora_files(whole / "checkpoint-4"))
+    assert not differing(lora_files(stopped / "checkpoint-4"), lora_files(whole / "checkpoint-4"))
 
 
 def test_dropout_makes_a_difference_and_recomputing_none(tmp_path):
@@ -501,7 +497,7 @@ def test_dropout_makes_a_difference_and_recomputing_none(tmp_path):
 
     plain, dropped = of("plain"), of("dropped", lora_dropout=0.3)
     again = of("again", lora_dropout=0.3, gradient_checkpointing=True)
-    assert not same_bits(plain, dropped)
+    assert differing(plain, dropped)
     assert max((dropped[key] - again[key]).abs().max() for key in dropped) < 1e-5
 
 
@@ -513,7 +509,7 @@ def test_the_base_stays_frozen_in_the_working_precision(dtype, tmp_path):
     for name in ("unet", "text_encoder"):
         parameters = dict(job.trained[name].named_parameters())
         own = {key: p for key, p in parameters.items() if ".adapters." in key}
-        assert same_bits(
+        assert not differing(
             {key: p for key, p in parameters.items() if key not in own}, dict(getattr(pipe, name).named_parameters())
         )
         assert {p.dtype for p in own.values()} == {torch.float32}

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from comparing import weights
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
-from small_run import flags, metrics, run, small, train, weights
+from small_run import flags, metrics, run, small, train
 
 from minibooth.dreambooth import parallel, prior, stages
 from minibooth.dreambooth.settings import Settings

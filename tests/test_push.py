@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
+from comparing import weights
 from hub_standin import serving
 from huggingface_hub import ModelCard, constants
-from small_run import flags, photographs, run, small, train, weights
+from small_run import flags, photographs, run, small, train
 
 from minibooth.dreambooth.hub import model_card, push, reserve
 from minibooth.dreambooth.settings import Settings

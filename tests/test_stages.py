@@ -6,8 +6,9 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from comparing import differing, weights
 from PIL import Image
-from small_run import metrics, only, photographs, run, same_bits, small, tiny, train, trainer, weights, with_class
+from small_run import metrics, photographs, run, small, tiny, train, trainer, with_class
 
 import minibooth
 from minibooth.diffusion.images import to_tensor
@@ -107,7 +108,7 @@ def test_a_resumed_run_ends_in_the_same_bits(settings, tmp_path):
     train(part)
     (tmp_path / "part" / "model_index.json").unlink()
     train(settings(output_dir=str(tmp_path / "part"), resume_from_checkpoint="latest", **how))
-    assert same_bits(weights(whole), weights(tmp_path / "part"))
+    assert not differing(weights(whole), weights(tmp_path / "part"))
     assert metrics(whole) == metrics(tmp_path / "part")
 
 
@@ -135,8 +136,7 @@ def test_both_steps_in_one_command(x4, tmp_path, capsys):
         (tmp_path / "output" / "upscaler", diffusers.StableDiffusionUpscalePipeline, x4),
     ):
         kind.from_pretrained(folder, local_files_only=True)
-        assert not same_bits(only(weights(folder), "unet"), only(weights(before), "unet"))
-        assert same_bits(only(weights(folder), "vae"), only(weights(before), "vae"))
+        assert {name.split("/")[0] for name in differing(weights(folder), weights(before))} == {"unet"}
         assert (folder / "samples" / "before-after.png").is_file()
     seeds = {json.loads((place / "run.json").read_text())["settings"]["seed"] for place in (folder, folder.parent)}
     assert len(seeds) == 1 and None not in seeds  # the command in run.json repeats both
