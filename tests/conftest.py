@@ -15,6 +15,9 @@ from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 
+import minibooth
+from minibooth.dreambooth import prior, stages
+from minibooth.errors import UserError
 from minibooth.models.clip import CLIPText
 from minibooth.models.config import CLIPTextConfig, UNetConfig, VAEConfig
 from minibooth.models.unet import UNet
@@ -22,7 +25,7 @@ from minibooth.models.vae import VAE
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background: what tests of Ctrl-C start would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
-torch.set_num_threads(1)  # more only wait for each other: an operation of these networks takes microseconds
+torch.set_num_threads(1)  # more only wait for each other here, and a run's bits depend on their number
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 MERGES = ["d o", "do g</w>", "s k", "sk s</w>", "o f</w>", "p h", "ph o", "t o</w>", "pho to</w>", "c a", "ca t</w>"]
@@ -155,6 +158,23 @@ def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
+def edit_json(path: Path, **changes) -> None:
+    write_json(path, json.loads(path.read_text()) | changes)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """All files of a folder."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refusal(source, **options) -> str:
+    """The one line in which `load` refuses what is no checkpoint."""
+    with pytest.raises(UserError) as caught:
+        minibooth.load(source, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
 def make_checkpoint(folder: Path, changes: dict[str, dict], seed: int) -> Path:
     """Write a small Stable Diffusion 1; `changes`: by component, what its configuration says otherwise."""
     vocab = vocabulary()
@@ -210,6 +230,13 @@ def x4(tmp_path_factory) -> Path:
 def checkpoint(request) -> Path:
     """Either folder."""
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def few_drawing_steps(monkeypatch):
+    """Validation's grids and class pictures in two steps of drawing, for what does not depend on how they look."""
+    for table in (stages.VALIDATION, prior.DRAWING):
+        monkeypatch.setitem(table, "steps", 2)
 
 
 @pytest.fixture

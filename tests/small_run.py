@@ -15,9 +15,6 @@ from minibooth import train as command_line
 from minibooth.dreambooth.settings import Settings
 from minibooth.dreambooth.trainer import Trainer
 
-torch.set_num_threads(1)  # tiny networks only get slower with more, and a run's bits depend on their number
-
-
 TINY = {
     "unet": dict(
         block_out_channels=[16, 32], layers_per_block=1, down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],

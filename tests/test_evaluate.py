@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_json
+from conftest import edit_json, write_json
 from encoders import CLIP_SEES, DINO_SEES, by_formula, random_lpips, small_clip, small_dino
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -475,8 +475,7 @@ def test_damaged_results_of_the_subject_itself_are_a_mistake(kit, tmp_path, caps
 @pytest.mark.parametrize("changes", [{"image_mean": None}, {"image_std": [0, 0, 0]}, {"rescale_factor": "x"}])
 def test_an_encoder_that_sees_nothing_is_refused(kit, tmp_path, changes):
     folder = shutil.copytree(kit.clip, tmp_path / "clip")
-    path = folder / "preprocessor_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    edit_json(folder / "preprocessor_config.json", **changes)
     with pytest.raises(UserError, match=f"{folder}"):
         Encoder(folder)
 

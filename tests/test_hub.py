@@ -6,7 +6,7 @@ import pytest
 import single_files
 import torch
 from comparing import differing
-from conftest import write_json
+from conftest import content, write_json
 from hub_standin import ROUTES, Hub, serving
 from huggingface_hub import HfApi, constants
 from safetensors.torch import load_file, save_file
@@ -40,10 +40,6 @@ def offline(monkeypatch):
 def dead_end(monkeypatch):
     """An endpoint where nobody listens."""
     point_at("http://127.0.0.1:9", monkeypatch)
-
-
-def content(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def with_everything(folder):

@@ -10,7 +10,7 @@ import pytest
 import single_files
 import torch
 from comparing import differing, weights
-from conftest import write_json
+from conftest import edit_json, refusal, write_json
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from single_files import change, file, folder, metadata, states
@@ -37,13 +37,6 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 def no_network(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-
-
-def refusal(source, **options):
-    with pytest.raises(UserError) as caught:
-        minibooth.load(source, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def ids(pipe, prompt="a dog"):
@@ -148,19 +141,19 @@ def pictures(pipe):
     return np.asarray(pipe.generate("a red cat", steps=2, seed=1, **what)[0])
 
 
-def test_a_schedule_may_leave_open_what_is_predicted(tmp_path):
-    copy = Path(shutil.copytree(folder("sd1"), tmp_path / "copy"))
-    (copy / SCHEDULE).write_text(json.dumps(json.loads((copy / SCHEDULE).read_text()) | {"prediction_type": None}))
+def test_a_schedule_may_leave_open_what_is_predicted(copy_of, tmp_path):
+    copy = copy_of(folder("sd1"))
+    edit_json(copy / SCHEDULE, prediction_type=None)
     minibooth.load(copy).save(tmp_path / "x.safetensors")
     assert minibooth.load(tmp_path / "x.safetensors", tokenizer=copy).scheduler.prediction_type == "epsilon"
 
 
-def test_a_zero_terminal_snr_comes_back_from_a_file(tmp_path):
-    copy = Path(shutil.copytree(folder("sd2"), tmp_path / "copy"))
-    schedule = json.loads((copy / SCHEDULE).read_text()) | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    (copy / SCHEDULE).write_text(json.dumps(schedule))
+def test_a_zero_terminal_snr_comes_back_from_a_file(copy_of, tmp_path):
+    copy = copy_of(folder("sd2"))
+    edit_json(copy / SCHEDULE, rescale_betas_zero_snr=True, timestep_spacing="trailing")
     minibooth.load(copy).save(tmp_path / "x.safetensors")
-    assert minibooth.load(tmp_path / "x.safetensors", tokenizer=copy).scheduler.config == schedule
+    again = minibooth.load(tmp_path / "x.safetensors", tokenizer=copy)
+    assert again.scheduler.config == json.loads((copy / SCHEDULE).read_text())
 
 
 DRAWN = {  # what no tensor tells of how a model draws: of which kind, in which of its small files
@@ -178,7 +171,7 @@ DRAWN = {  # what no tensor tells of how a model draws: of which kind, in which 
 @pytest.mark.parametrize("kind, path, says", DRAWN.values(), ids=DRAWN)
 def test_how_a_model_draws_comes_back_from_a_file(kind, path, says, copy_of, tmp_path):
     source = copy_of(folder(kind))
-    write_json(source / path, json.loads((source / path).read_text()) | says)
+    edit_json(source / path, **says)
     pipe = minibooth.load(source)
     pipe.save(tmp_path / "x.safetensors")
     again = minibooth.load(tmp_path / "x.safetensors", tokenizer=source)
@@ -591,9 +584,9 @@ def test_where_the_vocabulary_is_found(place, tmp_path, monkeypatch):
 
 
 @kinds
-def test_a_file_of_ours_holds_its_tokenizers(kind, tmp_path):
+def test_a_file_of_ours_holds_its_tokenizers(kind, copy_of, tmp_path):
     """Unusual ones, and XL's two different ones; the argument `tokenizer` overrules them."""
-    copy = shutil.copytree(folder(kind), tmp_path / "copy")
+    copy = copy_of(folder(kind))
     tokenizers = {path.name: path for path in copy.glob("tokenizer*")}
     for name, path in tokenizers.items():
         config, words = (json.loads((path / f"{file}.json").read_text()) for file in ("tokenizer_config", "vocab"))
@@ -612,8 +605,8 @@ def test_a_file_of_ours_holds_its_tokenizers(kind, tmp_path):
 
 
 @kinds
-def test_what_a_folder_leaves_out_of_its_tokenizers_a_file_does_not_add(kind, tmp_path):
-    copy = shutil.copytree(folder(kind), tmp_path / "copy")
+def test_what_a_folder_leaves_out_of_its_tokenizers_a_file_does_not_add(kind, copy_of, tmp_path):
+    copy = copy_of(folder(kind))
     for path in copy.glob("tokenizer*/tokenizer_config.json"):
         path.unlink()
     pipe = minibooth.load(copy)
@@ -621,8 +614,8 @@ def test_what_a_folder_leaves_out_of_its_tokenizers_a_file_does_not_add(kind, tm
     assert ids(minibooth.load(tmp_path / "x.safetensors"), "a dog!") == ids(pipe, "a dog!")
 
 
-def test_a_tokenizer_in_another_encoding_is_no_file(tmp_path):
-    copy = Path(shutil.copytree(folder("sd1"), tmp_path / "copy"))
+def test_a_tokenizer_in_another_encoding_is_no_file(copy_of, tmp_path):
+    copy = copy_of(folder("sd1"))
     (copy / "tokenizer" / "special_tokens_map.json").write_bytes(json.dumps({}).encode("utf-16"))
     with pytest.raises(UserError, match="copy/tokenizer holds something unexpected"):
         minibooth.load(copy).save(tmp_path / "x.safetensors")
@@ -640,8 +633,8 @@ def test_a_vocabulary_that_is_nowhere_is_named(tmp_path):
         assert f"missing in {tmp_path / place} and its folder tokenizer" in refusal(path, tokenizer=tmp_path / place)
 
 
-def test_a_folder_takes_another_vocabulary_too(tmp_path):
-    copy = shutil.copytree(folder("sdxl"), tmp_path / "copy")
+def test_a_folder_takes_another_vocabulary_too(copy_of):
+    copy = copy_of(folder("sdxl"))
     for name in ("tokenizer", "tokenizer_2"):
         (copy / name / "vocab.json").unlink()
         write_json(copy / name / "added_tokens.json", {"<of the old one>": 10**6})

@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 from comparing import differing
-from conftest import END, write_json
+from conftest import END, content, edit_json, refusal, write_json
 from safetensors.torch import load_file, save_file
 from single_files import states
 from tokenizers import Tokenizer as Backend
@@ -50,22 +50,6 @@ def shard(folder):
         write_json(folder / name / f"{STEMS[name]}.safetensors.index.json", {"weight_map": names})
         weights(folder, name).unlink()
     return folder
-
-
-def edit(path, **changes):
-    """Change a JSON file."""
-    write_json(path, json.loads(path.read_text()) | changes)
-
-
-def refusal(source, **options):
-    with pytest.raises(UserError) as caught:
-        minibooth.load(source, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def content(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # ---- what a folder may look like
@@ -157,7 +141,7 @@ def test_what_lacks_a_variant_that_others_have_is_read_as_it_is(sd1, copy_of):
 def test_what_diffusers_ema_notes_of_itself_says_nothing_of_the_network(sd1, copy_of):
     folder = copy_of(sd1)
     counters = dict(decay=0.9999, min_decay=0.0, optimization_step=100, update_after_step=5)
-    edit(folder / "unet" / "config.json", inv_gamma=1.0, power=0.75, use_ema_warmup=True, **counters)
+    edit_json(folder / "unet" / "config.json", inv_gamma=1.0, power=0.75, use_ema_warmup=True, **counters)
     assert not differing(states(minibooth.load(folder)), states(minibooth.load(sd1)))
 
 
@@ -174,7 +158,7 @@ SIZES = [("0.6.0", 32, 64), ("0.8.1", 32, 64), ("0.6.0", 96, 96), ("0.6.0", [32,
 def test_the_first_versions_of_diffusers_wrote_a_wrong_size(sd1, copy_of, version, size, meant):
     """As diffusers' own pipeline reads it (StableDiffusionPipeline.__init__)."""
     folder = copy_of(sd1)
-    edit(folder / "unet" / "config.json", sample_size=size, _diffusers_version=version)
+    edit_json(folder / "unet" / "config.json", sample_size=size, _diffusers_version=version)
     assert minibooth.load(folder).latent_size(None, None) == (meant, meant)
 
 
@@ -217,7 +201,7 @@ def without(name):
 
 
 def saying(path, **changes):
-    return lambda folder: edit(folder / path, **changes)
+    return lambda folder: edit_json(folder / path, **changes)
 
 
 def a_lora(folder):
@@ -226,7 +210,7 @@ def a_lora(folder):
 
 
 def nine_channels(folder):
-    edit(folder / "unet" / "config.json", in_channels=9)
+    edit_json(folder / "unet" / "config.json", in_channels=9)
     rewrite(folder, lambda x: x | {"conv_in.weight": torch.zeros(16, 9, 3, 3)}, ["unet"])
 
 
@@ -290,7 +274,7 @@ def test_a_text_encoder_of_another_model_is_refused(sd1, sd2, sdxl, copy_of):
     assert "attends to states of 24 numbers, its text encoders give [32]" in refusal(folder)
     xl = copy_of(sdxl, "xl")
     for sizes in (None, 3, 10**7):
-        edit(xl / "unet" / "config.json", addition_time_embed_dim=sizes)
+        edit_json(xl / "unet" / "config.json", addition_time_embed_dim=sizes)
         assert re.search(r"text_encoder_2 and sizes give \d+ \+ \d+ numbers, the UNet takes \d+", refusal(xl))
 
 
@@ -339,7 +323,7 @@ def test_whatever_a_setting_says_it_is_a_users_mistake(sd1, copy_of, path, key):
     if not (folder / path).exists():
         write_json(folder / path, {})
     for value in MALFORMED[path][key]:
-        edit(folder / path, **{key: value})
+        edit_json(folder / path, **{key: value})
         said = refusal(folder)
         assert str(folder) in said and ("/" not in path or path.split("/")[0] in said), value
 
@@ -347,31 +331,31 @@ def test_whatever_a_setting_says_it_is_a_users_mistake(sd1, copy_of, path, key):
 @pytest.mark.parametrize("path", WHOLE)
 def test_whatever_a_small_file_holds_it_is_a_users_mistake(sd1, copy_of, path):
     folder = copy_of(sd1)
-    for content in WHOLE[path]:
-        (folder / path).write_bytes(content if isinstance(content, bytes) else content.encode())
-        assert str(folder / path.partition("/")[0]) in refusal(folder), content
+    for held in WHOLE[path]:
+        (folder / path).write_bytes(held if isinstance(held, bytes) else held.encode())
+        assert str(folder / path.partition("/")[0]) in refusal(folder), held
 
 
 @pytest.mark.parametrize("level", [None, "x", [1], -1, 1000, 1.5])
 def test_a_noise_level_that_the_unet_does_not_know_is_refused(x4, copy_of, level):
     folder = copy_of(x4)
-    edit(folder / "model_index.json", max_noise_level=level)
+    edit_json(folder / "model_index.json", max_noise_level=level)
     assert "max_noise_level" in refusal(folder)
-    edit(folder / "model_index.json", max_noise_level=350)
-    edit(folder / "low_res_scheduler" / "scheduler_config.json", beta_end="x")
+    edit_json(folder / "model_index.json", max_noise_level=350)
+    edit_json(folder / "low_res_scheduler" / "scheduler_config.json", beta_end="x")
     assert "low_res_scheduler/scheduler_config.json" in refusal(folder)
 
 
 def test_null_says_what_leaving_out_a_setting_says_where_that_is_nothing(sd1, copy_of):
     folder = copy_of(sd1)
     silent = ("upcast_attention", "addition_time_embed_dim", "projection_class_embeddings_input_dim", "num_class_embeds")
-    edit(folder / "unet" / "config.json", **dict.fromkeys(silent))  # as today's diffusers writes them
+    edit_json(folder / "unet" / "config.json", **dict.fromkeys(silent))  # as today's diffusers writes them
     assert minibooth.load(folder).unet.config == minibooth.load(sd1).unet.config
 
 
 def test_a_schedule_may_say_what_goes_without_saying(sd1, copy_of):
     folder = copy_of(sd1)
-    edit(folder / "scheduler" / "scheduler_config.json", predict_epsilon=True, tensor_format="pt", interpolation_type=None)
+    edit_json(folder / "scheduler" / "scheduler_config.json", predict_epsilon=True, tensor_format="pt", interpolation_type=None)
     assert torch.equal(minibooth.load(folder).scheduler.alphas_cumprod, minibooth.load(sd1).scheduler.alphas_cumprod)
 
 
@@ -475,7 +459,7 @@ def test_a_crash_in_the_middle_leaves_the_old_folder_whole(sd1, sd2, copy_of, mo
 
 def with_safety_checker(folder):
     """As Stable Diffusion 1 was published, and with a part for pictures as prompts."""
-    edit(
+    edit_json(
         folder / "model_index.json",
         safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
         feature_extractor=["transformers", "CLIPImageProcessor"],

@@ -17,11 +17,11 @@ import minibooth
 from minibooth import command, convert, generate
 from minibooth.checkpoint import lora as files
 from minibooth.checkpoint.source import Source
-from minibooth.dreambooth import stages
 from minibooth.errors import UserError
 from minibooth.models import lora
 from minibooth.models.clip import CLIPText
 
+pytestmark = pytest.mark.usefixtures("few_drawing_steps")
 PROMPT = "a photo of sks dog"
 
 
@@ -29,11 +29,6 @@ PROMPT = "a photo of sks dog"
 def base(request) -> Path:
     """Each kind of checkpoint."""
     return request.getfixturevalue(request.param)
-
-
-@pytest.fixture(autouse=True)
-def few_drawing_steps(monkeypatch):
-    monkeypatch.setitem(stages.VALIDATION, "steps", 2)
 
 
 def adapters(network, targets="all", ranks=(1, 2, 4), alphas=(3.0, 4.0), seed=0, weight=1.0) -> dict[str, lora.Adapter]:

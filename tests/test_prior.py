@@ -18,10 +18,7 @@ from minibooth.dreambooth.prior import ClassPictures
 from minibooth.dreambooth.settings import Settings
 from minibooth.errors import UserError
 
-
-@pytest.fixture(autouse=True)
-def few_drawing_steps(monkeypatch):
-    monkeypatch.setitem(prior.DRAWING, "steps", 3)
+pytestmark = pytest.mark.usefixtures("few_drawing_steps")
 
 
 @pytest.fixture
@@ -79,7 +76,7 @@ def test_the_manifest_says_what_they_depend_on(preserving):
     schedule = json.loads((tiny() / "scheduler" / "scheduler_config.json").read_text())
     assert manifest == {
         "prompt": "a photo of dog", "resolution": 64, "scheduler": schedule, "dtype": "torch.float32",
-        "sampler": "dpmpp_2m", "steps": 3, "guidance_scale": 7.5, "seed": "the picture's number",
+        "sampler": "dpmpp_2m", "steps": 2, "guidance_scale": 7.5, "seed": "the picture's number",
     }  # fmt: skip
 
 

@@ -17,12 +17,13 @@ from PIL import Image
 from small_run import metrics, photographs, small, train, trainer
 
 import minibooth
-from minibooth.dreambooth import report, stages
+from minibooth.dreambooth import report
 from minibooth.dreambooth.journal import Journal
 from minibooth.dreambooth.metrics import Encoder, ceiling, likeness
 from minibooth.dreambooth.settings import Settings
 from minibooth.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("few_drawing_steps")
 VOID = {"meta", "img", "input", "link", "br"}
 
 
@@ -233,12 +234,7 @@ def test_a_page_appears_whole_or_stays_as_it_was(tmp_path, monkeypatch):
 # ---- in training
 
 
-@pytest.fixture
-def few_drawing_steps(monkeypatch):
-    monkeypatch.setitem(stages.VALIDATION, "steps", 2)
-
-
-def test_a_run_writes_it_at_every_validation_and_goes_on_with_it(few_drawing_steps, tmp_path, monkeypatch):
+def test_a_run_writes_it_at_every_validation_and_goes_on_with_it(tmp_path, monkeypatch):
     written, write = [], report.write
     monkeypatch.setattr(report, "write", lambda folder: (write(folder), written.append(Page(folder / "report.html").grids())))
     watched = {"validation_prompt": "a sks dog", "validation_steps": 2, "num_validation_images": 1}
@@ -250,7 +246,7 @@ def test_a_run_writes_it_at_every_validation_and_goes_on_with_it(few_drawing_ste
     assert len(curves["subject", "c0"]) == len(metrics(output)) == 3
 
 
-def test_super_resolution_has_one_too(few_drawing_steps, x4, tmp_path):
+def test_super_resolution_has_one_too(x4, tmp_path):
     output = train(
         small(tmp_path, x4, resolution=32, max_train_steps=1, validation_prompt="a sks dog", num_validation_images=2)
     )
@@ -259,7 +255,7 @@ def test_super_resolution_has_one_too(few_drawing_steps, x4, tmp_path):
     assert "from left to right" in (output / "report.html").read_text()
 
 
-def test_a_metrics_model_measures_every_grid_and_changes_nothing_else(few_drawing_steps, tmp_path):
+def test_a_metrics_model_measures_every_grid_and_changes_nothing_else(tmp_path):
     clip, _ = small_clip(tmp_path / "clip")
     watched = {"validation_prompt": "a sks dog | a wet sks dog", "validation_steps": 2, "num_validation_images": 2}
     watched |= {"class_prompt": "a dog", "max_train_steps": 4, "checkpointing_steps": 2, "metrics_model": str(clip)}
@@ -288,7 +284,7 @@ def test_a_metrics_model_measures_every_grid_and_changes_nothing_else(few_drawin
     assert [line for line in metrics(output) if "loss" not in line] == seen
 
 
-def test_without_a_class_prompt_the_subject_alone_is_measured(few_drawing_steps, tmp_path):
+def test_without_a_class_prompt_the_subject_alone_is_measured(tmp_path):
     clip, _ = small_clip(tmp_path / "clip")
     output = train(small(tmp_path, max_train_steps=1, validation_prompt="a sks dog", metrics_model=str(clip)))
     assert [line.keys() for line in metrics(output) if "loss" not in line] == [{"step", "subject_similarity"}] * 2

@@ -6,15 +6,18 @@ import numpy as np
 import pytest
 import torch
 from comparing import difference, differing, error, gradients, normals, pixels, weights, worst_error
+from conftest import edit_json, write_json
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_run import metrics, small, train, trainer, with_class
 
 import minibooth
 from minibooth import generate
-from minibooth.dreambooth import stages
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", "ignore::FutureWarning:diffusers")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", "ignore::FutureWarning:diffusers"),
+    pytest.mark.usefixtures("few_drawing_steps"),
+]
 PROMPTS, NEGATIVES = ["a photo of sks dog", "a cat! " * 40], ["", "dog"]
 TEXTS = ("text_encoder", "text_encoder_2")
 
@@ -56,8 +59,7 @@ def test_prompts_are_encoded_as_diffusers_does(ours, theirs):
 def test_what_is_pooled_is_at_the_end_token(sdxl, copy_of, end):
     """Its first, as the folder numbers it; where that is 2, the largest, as transformers has it of old files."""
     folder = copy_of(sdxl)
-    path = folder / "text_encoder_2" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": end}))
+    edit_json(folder / "text_encoder_2" / "config.json", eos_token_id=end)
     theirs = pytest.importorskip("transformers").CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2")
     ids = torch.tensor([[9, 30, 5, 7, 5, 40, 3], [9, 5, 60, 7, 2, 2, 2]])
     assert error(minibooth.load(folder).text_encoder_2.states_and_pooled(ids)[1], theirs(ids).text_embeds) <= 1e-5
@@ -74,13 +76,13 @@ def test_without_a_negative_prompt_guidance_leads_away_from_zeros(ours, theirs):
 @torch.no_grad()
 def test_no_zeros_where_the_folder_says_so_and_only_there(sdxl, copy_of):
     folder = copy_of(sdxl)
-    index = json.loads((folder / "model_index.json").read_text()) | {"force_zeros_for_empty_prompt": False}
-    (folder / "model_index.json").write_text(json.dumps(index))
+    edit_json(folder / "model_index.json", force_zeros_for_empty_prompt=False)
     pipe = minibooth.load(folder)
     mine, encoded = pipe.unconditional(None), pipe.encode_prompts([""])
     assert all(torch.equal(a, b) for a, b in zip(mine, encoded, strict=True))
+    index = json.loads((sdxl / "model_index.json").read_text())
     del index["force_zeros_for_empty_prompt"]
-    (folder / "model_index.json").write_text(json.dumps(index))
+    write_json(folder / "model_index.json", index)
     assert not any(x.any() for x in minibooth.load(folder).unconditional(None)[:2])
 
 
@@ -162,13 +164,8 @@ def test_a_saved_xl_is_the_one_that_was_read(ours, sdxl, tmp_path):
 # ---- training
 
 
-@pytest.fixture
-def few_drawing_steps(monkeypatch):
-    monkeypatch.setitem(stages.VALIDATION, "steps", 2)
-
-
 @pytest.mark.parametrize("texts", [False, True], ids=["unet", "text encoders too"])
-def test_dreambooth_trains_what_it_should_and_resumes_in_the_same_bits(texts, sdxl, tmp_path, few_drawing_steps):
+def test_dreambooth_trains_what_it_should_and_resumes_in_the_same_bits(texts, sdxl, tmp_path):
     changes = dict(max_train_steps=4, checkpointing_steps=2, train_text_encoder=texts, validation_prompt="a sks dog")
     changes |= dict(validation_steps=2, num_validation_images=1) | with_class(tmp_path)
     output = train(small(tmp_path, sdxl, **changes))
@@ -182,7 +179,7 @@ def test_dreambooth_trains_what_it_should_and_resumes_in_the_same_bits(texts, sd
     assert not differing(weights(train(resumed)), after)
 
 
-def test_in_fp16_a_vae_that_overflows_stays_in_fp32(sdxl, copy_of, tmp_path, few_drawing_steps):
+def test_in_fp16_a_vae_that_overflows_stays_in_fp32(sdxl, copy_of, tmp_path):
     """XL's does, between its weights; force_upcast says so."""
     model = copy_of(sdxl)
     path = model / "vae" / "diffusion_pytorch_model.safetensors"
@@ -198,9 +195,8 @@ def test_in_fp16_a_vae_that_overflows_stays_in_fp32(sdxl, copy_of, tmp_path, few
 
 def test_in_fp16_the_vae_is_what_its_configuration_says(sdxl, copy_of):
     folder = copy_of(sdxl)
-    path = folder / "vae" / "config.json"
     for overflows, dtype in ((True, torch.float32), (False, torch.float16)):
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"force_upcast": overflows}))
+        edit_json(folder / "vae" / "config.json", force_upcast=overflows)
         pipe = minibooth.load(folder, dtype=torch.float16)
         assert {x.dtype for x in pipe.vae.parameters()} == {dtype}
         assert pipe.dtype == torch.float16

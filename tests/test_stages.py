@@ -15,10 +15,7 @@ from minibooth.diffusion.images import to_tensor
 from minibooth.dreambooth import stages
 from minibooth.errors import UserError
 
-
-@pytest.fixture(autouse=True)
-def few_drawing_steps(monkeypatch):
-    monkeypatch.setitem(stages.VALIDATION, "steps", 2)
+pytestmark = pytest.mark.usefixtures("few_drawing_steps")
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from comparing import difference, differing, error, gradients, normals, pixels, weights, worst_error
+from conftest import edit_json
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from single_files import folder, states
@@ -212,6 +213,7 @@ def test_tiling_changes_little(ours):
 MEASURE = """
 import sys
 import numpy as np, torch
+from conftest import edit_json
 from PIL import Image
 import minibooth
 
@@ -260,8 +262,7 @@ def test_a_model_for_the_other_task_is_refused_by_every_command(sd1, x4, tmp_pat
 
 
 def without_levels(folder):
-    config = json.loads((folder / "unet" / "config.json").read_text()) | {"num_class_embeds": None}
-    (folder / "unet" / "config.json").write_text(json.dumps(config))
+    edit_json(folder / "unet" / "config.json", num_class_embeds=None)
     tensors = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     del tensors["class_embedding.weight"]
     save_file(tensors, folder / "unet" / "diffusion_pytorch_model.safetensors")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from comparing import difference, pixels
-from conftest import write_json
+from conftest import edit_json, write_json
 
 import minibooth
 from minibooth.errors import UserError
@@ -86,13 +86,10 @@ def test_a_seed_means_what_it_means_in_diffusers(ours, theirs):
 def test_what_the_first_schedules_got_wrong_is_mended_as_diffusers_does(sd1, copy_of, sampler, said):
     diffusers = pytest.importorskip("diffusers")
     folder = copy_of(sd1)
-    path = folder / "scheduler" / "scheduler_config.json"
+    path, name = folder / "scheduler" / "scheduler_config.json", SAMPLERS[sampler][0]
     kept = {key: x for key, x in json.loads(path.read_text()).items() if key not in ("clip_sample", "steps_offset")}
-    name = SAMPLERS[sampler][0]
     write_json(path, kept | said | {"_class_name": name})
-    write_json(
-        folder / "model_index.json", json.loads((folder / "model_index.json").read_text()) | {"scheduler": ["diffusers", name]}
-    )
+    edit_json(folder / "model_index.json", scheduler=["diffusers", name])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # that they are mended
         theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder)
@@ -122,8 +119,7 @@ def test_the_size_is_the_models_own_unless_it_is_given(sd1, sd2, pipe, copy_of):
     assert pipe.generate("a dog", height=32, width=48, steps=1)[0].size == (48, 32)
     assert pipe.generate("a dog", height=32, steps=1)[0].size == (64, 32)
     wide = copy_of(sd1)
-    path = wide / "unet" / "config.json"
-    write_json(path, json.loads(path.read_text()) | {"sample_size": [4, 6]})
+    edit_json(wide / "unet" / "config.json", sample_size=[4, 6])
     assert minibooth.load(wide).generate("a dog", steps=1)[0].size == (48, 32)
 
 

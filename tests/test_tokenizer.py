@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import edit_json
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, trainers
 
@@ -166,8 +167,7 @@ def test_tokens_that_were_added_later_have_their_ids(tmp_path):
     ours = Tokenizer.from_files(read(tmp_path))(prompts)
     assert torch.equal(ours, theirs(prompts, padding="max_length", max_length=77, return_tensors="pt").input_ids)
     late = {str(len(vocab) + n): {"content": token, "normalized": True} for n, token in ((1, "<b>"), (0, "<sks-dog>"))}
-    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"added_tokens_decoder": late}))
+    edit_json(tmp_path / "tokenizer_config.json", added_tokens_decoder=late)
     (tmp_path / "added_tokens.json").unlink()
     assert torch.equal(Tokenizer.from_files(read(tmp_path))(prompts), ours)
     assert len(vocab) in ours[0] and len(vocab) + 1 in ours[1]

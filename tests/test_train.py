@@ -21,19 +21,14 @@ from safetensors.torch import load_file, save_file
 from small_run import flags, photographs, run, small, tiny
 
 from minibooth import train
-from minibooth.dreambooth import prior, stages
+from minibooth.dreambooth import prior
 from minibooth.dreambooth import trainer as trainer_module
 from minibooth.dreambooth.parallel import Ranks
 from minibooth.dreambooth.settings import Settings
 from minibooth.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("few_drawing_steps")
 REPOSITORY = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(autouse=True)
-def few_drawing_steps(monkeypatch):
-    monkeypatch.setitem(prior.DRAWING, "steps", 2)
-    monkeypatch.setitem(stages.VALIDATION, "steps", 2)
 
 
 # ---- the flags

@@ -19,13 +19,14 @@ from pathlib import Path
 import pytest
 import torch
 from comparing import differing, only, weights
+from conftest import content
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_run import flags, metrics, run, small, tiny, train, trainer, with_class
 
 import minibooth
 from minibooth.checkpoint import files
-from minibooth.dreambooth import optimizer, stages
+from minibooth.dreambooth import optimizer
 from minibooth.dreambooth import trainer as module
 from minibooth.dreambooth.parallel import Ranks
 from minibooth.dreambooth.settings import Settings
@@ -34,12 +35,8 @@ from minibooth.dreambooth.weights import recompute_activations
 from minibooth.errors import UserError
 from minibooth.models.blocks import Block, ResnetBlock
 
+pytestmark = pytest.mark.usefixtures("few_drawing_steps")
 REPOSITORY = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(autouse=True)
-def few_drawing_steps(monkeypatch):
-    monkeypatch.setitem(stages.VALIDATION, "steps", 2)
 
 
 # ---- stopped and resumed
@@ -162,7 +159,7 @@ def test_another_subject_goes_on_from_no_checkpoint(changed, rank, tmp_path, mon
     """Though --resume_from_checkpoint latest may stay in a script. Where the same things lie does not matter."""
     settings = small(tmp_path, max_train_steps=2, checkpointing_steps=1, rank=rank)
     output = train(settings)
-    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    before = content(output)
     there = {"instance_data_dir": settings.instance_data_dir, "pretrained_model_name_or_path": str(tiny())}
     moved = {name: str(shutil.copytree(path, tmp_path / "moved" / Path(path).name)) for name, path in there.items()}
     other = {name: str(shutil.copytree(path, tmp_path / "other")) for name, path in there.items() if name == changed}
@@ -173,7 +170,7 @@ def test_another_subject_goes_on_from_no_checkpoint(changed, rank, tmp_path, mon
     trainer(small(tmp_path, **longer | {"instance_data_dir": "."}))
     with pytest.raises(UserError, match=f"checkpoint-2 was trained with --{changed} .*another --output_dir"):
         train(small(tmp_path, **{changed: "a photo of xyz cat"} | other | longer))
-    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+    assert content(output) == before
     assert len(metrics(train(small(tmp_path, **longer | moved)))) == 3
 
 
@@ -251,10 +248,10 @@ def test_a_finished_run_without_a_checkpoint_is_not_done_again(tmp_path, capsys)
     """Nor by its first step's, where the second was interrupted; and with other settings it is refused."""
     words = [*flags(small(tmp_path, seed=None)), "--resume_from_checkpoint=latest"]
     assert run(words) == 0
-    before = {path: path.read_bytes() for path in (tmp_path / "output").rglob("*") if path.is_file()}
+    before = content(tmp_path / "output")
     assert run([*words, "--hub_token=hf_x"]) == 0
     assert "holds the result of just this run" in capsys.readouterr().out
-    assert {path: path.read_bytes() for path in (tmp_path / "output").rglob("*") if path.is_file()} == before
+    assert content(tmp_path / "output") == before
     for other in (["--learning_rate=0.5"], ["--resume_from_checkpoint="]):
         assert run(words + other) == 2
         assert "already holds run.json: choose another --output_dir" in capsys.readouterr().err
@@ -479,10 +476,10 @@ def test_a_resumed_run_that_had_drawn_its_last_grid_keeps_it(tmp_path):
     """It was killed after its last checkpoint, before its result."""
     settings = small(tmp_path, checkpointing_steps=5, validation_prompt="a sks dog", num_validation_images=1)
     output = train(settings)
-    drawn = {path: path.read_bytes() for path in (output / "samples").iterdir()}
+    drawn = content(output / "samples")
     (output / "model_index.json").unlink()
     settings.resume_from_checkpoint = "latest"
-    assert {path: path.read_bytes() for path in (train(settings) / "samples").iterdir()} == drawn and len(drawn) == 3
+    assert content(train(settings) / "samples") == drawn and len(drawn) == 3
 
 
 def test_no_part_of_a_checkpoint_stays_where_its_deletion_is_cut_off(tmp_path, monkeypatch):

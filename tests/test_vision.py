@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from comparing import error
-from conftest import write_json
+from conftest import edit_json, write_json
 from encoders import CLIP_SEES, DINO_SEES, by_formula, random_lpips, small_clip, small_dino
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -44,8 +44,7 @@ def published(folder, change=None, drop=(), **settings):
     """Rewrite a folder's weights through `change` and without `drop`, and its config.json with `settings`."""
     state = load_file(folder / "model.safetensors")
     save_file({k: v for k, v in (change or (lambda x: x))(state).items() if k not in drop}, folder / "model.safetensors")
-    config = json.loads((folder / "config.json").read_text())
-    write_json(folder / "config.json", config | settings)
+    edit_json(folder / "config.json", **settings)
     return folder
 
 
