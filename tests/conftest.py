@@ -16,6 +16,7 @@ from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 
 import minibooth
+from minibooth import command
 from minibooth.dreambooth import prior, stages
 from minibooth.errors import UserError
 from minibooth.models.clip import CLIPText
@@ -237,6 +238,20 @@ def few_drawing_steps(monkeypatch):
     """Validation's grids and class pictures in two steps of drawing, for what does not depend on how they look."""
     for table in (stages.VALIDATION, prior.DRAWING):
         monkeypatch.setitem(table, "steps", 2)
+
+
+@pytest.fixture
+def mistake(capsys):
+    """mistake(command, word, ...): the one line in which a command ends, with status 2, for a mistake of its user's."""
+
+    def run(module, *words) -> str:
+        with pytest.raises(SystemExit) as end:
+            command.run(module.main, [module.__file__, *map(str, words)])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert end.value.code == 2 and line.startswith(f"{module.__name__}: error: ")
+        return line
+
+    return run
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from single_files import folder as checkpoint_of
 from small_run import photographs, small, tiny, train
 
 import minibooth
-from minibooth import command, drawing, evaluate
+from minibooth import drawing, evaluate
 from minibooth.diffusion.text_to_image import StableDiffusion
 from minibooth.dreambooth.metrics import Encoder, likeness
 from minibooth.errors import UserError
@@ -89,15 +89,6 @@ def drawn(folder: Path) -> dict[str, list[Path]]:
 def states(folder: Path) -> dict[str, int]:
     """When each picture was written."""
     return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in folder.rglob("*.png")}
-
-
-def failure(words, capsys) -> str:
-    """The one line of a run that ends with status 2."""
-    with pytest.raises(SystemExit) as end:
-        command.run(evaluate.main, ["evaluate.py", "--device", "cpu", *map(str, words)])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and line.startswith("minibooth.evaluate: error: ")
-    return line
 
 
 # ---- what is measured
@@ -464,11 +455,11 @@ def test_damaged_results_of_another_subject_are_left_out(kit, tmp_path, capsys, 
 
 
 @pytest.mark.parametrize("damaged", ["[", '{"settings": null}', '{"settings": {"images": 5}}'])
-def test_damaged_results_of_the_subject_itself_are_a_mistake(kit, tmp_path, capsys, damaged):
+def test_damaged_results_of_the_subject_itself_are_a_mistake(kit, tmp_path, mistake, damaged):
     (tmp_path / "spot").mkdir()
     (tmp_path / "spot" / "results.json").write_text(damaged)
     words = ["--model", tiny(), *kit.subject, *kit.encoders, *kit.few, "--output_dir", tmp_path]
-    assert f"{tmp_path / 'spot' / 'results.json'}" in failure(words, capsys)
+    assert f"{tmp_path / 'spot' / 'results.json'}" in mistake(evaluate, *words)
     assert (tmp_path / "spot" / "results.json").read_text() == damaged
 
 
@@ -495,25 +486,25 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("words, reason", MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_ends_with_one_line_and_status_2(kit, tmp_path, capsys, words, reason):
+def test_a_mistake_ends_with_one_line_and_status_2(kit, tmp_path, mistake, words, reason):
     usual = ["--model", tiny(), *kit.subject, *kit.encoders, *kit.few, "--output_dir", tmp_path / "out"]
-    assert reason in failure([*usual, *words], capsys)
+    assert reason in mistake(evaluate, *usual, *words)
     assert not list(tmp_path.rglob("*.*"))
 
 
-def test_the_encoders_may_not_be_swapped(kit, tmp_path, capsys):
+def test_the_encoders_may_not_be_swapped(kit, tmp_path, mistake):
     usual = ["--model", tiny(), *kit.subject, *kit.few, "--output_dir", tmp_path / "out"]
-    assert "--clip" in failure([*usual, "--clip", kit.dino, "--dino", kit.clip], capsys)
+    assert "--clip" in mistake(evaluate, *usual, "--clip", kit.dino, "--dino", kit.clip)
 
 
-def test_what_a_model_does_not_say_is_asked_for(kit, tmp_path, capsys):
-    assert "--images is missing" in failure(["--model", tiny(), "--class_noun", "dog"], capsys)
-    assert "--class_noun is missing" in failure(["--model", tiny(), "--images", kit.images], capsys)
+def test_what_a_model_does_not_say_is_asked_for(kit, tmp_path, mistake):
+    assert "--images is missing" in mistake(evaluate, "--model", tiny(), "--class_noun", "dog")
+    assert "--class_noun is missing" in mistake(evaluate, "--model", tiny(), "--images", kit.images)
 
 
-def test_a_file_without_prompts_is_refused(kit, tmp_path, capsys):
+def test_a_file_without_prompts_is_refused(kit, tmp_path, mistake):
     (tmp_path / "mine.txt").write_text("a {0} {1} en la montaña", "latin-1")
     (tmp_path / "things.txt").write_text(PUBLISHED.partition("Live")[0])
     usual = ["--model", tiny(), *kit.subject, *kit.encoders]
-    assert "mine.txt has no prompts" in failure([*usual, "--prompts", tmp_path / "mine.txt"], capsys)
-    assert "things.txt has no live prompts" in failure([*usual, "--live", "--prompts", tmp_path / "things.txt"], capsys)
+    assert "mine.txt has no prompts" in mistake(evaluate, *usual, "--prompts", tmp_path / "mine.txt")
+    assert "things.txt has no live prompts" in mistake(evaluate, *usual, "--live", "--prompts", tmp_path / "things.txt")

@@ -33,13 +33,6 @@ def draw(sd1, tmp_path, capsys):
     return run
 
 
-def failure(argv, capsys):
-    """Status and what is printed, of a run that goes wrong."""
-    with pytest.raises(SystemExit) as end:
-        command.run(generate.main, ["somewhere/generate.py", *argv])
-    return end.value.code, capsys.readouterr().err
-
-
 def text(path):
     with Image.open(path) as picture:
         return dict(picture.text)
@@ -154,33 +147,30 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("argv, reason", MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_ends_with_one_line_and_status_2(sd1, tmp_path, capsys, argv, reason):
-    status, printed = failure(["--model", str(sd1), "--output_dir", str(tmp_path), *argv], capsys)
-    assert status == 2
-    assert printed.startswith("minibooth.generate: error: ") and reason in printed
-    assert printed.count("\n") == 1
+def test_a_mistake_ends_with_one_line_and_status_2(sd1, tmp_path, mistake, argv, reason):
+    assert reason in mistake(generate, "--model", sd1, "--output_dir", tmp_path, *argv)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("main", [generate.main, upscale.main, evaluate.main], ids=lambda main: main.__module__)
+@pytest.mark.parametrize("module", [generate, upscale, evaluate], ids=lambda module: module.__name__)
 @pytest.mark.parametrize("output", ["file", "file/x", "loop", "x" * 300, "/proc"])
-def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_read(main, output, tmp_path, monkeypatch, capsys):
+def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_read(module, output, tmp_path, monkeypatch, mistake):
     monkeypatch.setattr(drawing, "load", None)
     photographs(tmp_path / "spot")
     (tmp_path / "file").write_text("precious")
     (tmp_path / "loop").symlink_to("loop")
-    own = ["--prompt", "a"] if main is generate.main else ["--images", str(tmp_path / "spot")]
-    with pytest.raises(SystemExit, match="2"):
-        command.run(main, ["x.py", *own, "--output_dir", str(tmp_path / output)])
-    (line,) = capsys.readouterr().err.splitlines()
+    own = ["--prompt", "a"] if module is generate else ["--images", tmp_path / "spot"]
+    line = mistake(module, *own, "--output_dir", tmp_path / output)
     assert f"{tmp_path / output} is no folder that can be written" in line
     assert (tmp_path / "file").read_text() == "precious"
 
 
-def test_without_the_embedded_model_its_place_is_named(tmp_path, monkeypatch, capsys):
+def test_without_the_embedded_model_its_place_is_named(tmp_path, monkeypatch, mistake):
     monkeypatch.setattr(drawing, "WEIGHTS", tmp_path / "weights")
-    status, printed = failure(["--prompt", "a"], capsys)
-    assert status == 2 and str(tmp_path / "weights" / "tiny") in printed and "--model" in printed
+    (tmp_path / "a.png").touch()
+    for module, words, model in ((generate, ["--prompt", "a"], "tiny"), (upscale, ["--images", tmp_path / "a.png"], "tiny-x4")):
+        line = mistake(module, *words, "--output_dir", tmp_path)
+        assert f"{tmp_path / 'weights' / model} " in line and "--model" in line
 
 
 # ---- what all commands share

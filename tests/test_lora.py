@@ -14,7 +14,7 @@ from single_files import metadata
 from small_run import flags, metrics, run, small, tiny, train, trainer, with_class
 
 import minibooth
-from minibooth import command, convert, generate
+from minibooth import convert, generate
 from minibooth.checkpoint import lora as files
 from minibooth.checkpoint.source import Source
 from minibooth.errors import UserError
@@ -64,15 +64,6 @@ def inputs(network, seed=0) -> tuple[torch.Tensor, ...]:
 def pixels(pipe, **options) -> np.ndarray:
     usual = dict(steps=4, sampler="ddim", seed=3, height=64, width=64)
     return np.stack([np.asarray(image, np.int16) for image in pipe.generate([PROMPT], **usual | options)])
-
-
-def error(command_line, words, capsys) -> str:
-    """The one line that a mistake ends in."""
-    with pytest.raises(SystemExit) as end:
-        command.run(command_line.main, ["command.py", *map(str, words)])
-    lines = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and len(lines) == 1
-    return lines[0]
 
 
 # ---- the layers
@@ -312,9 +303,9 @@ def test_a_missing_alpha_is_the_rank(sd1, tmp_path):
 # ---- mistakes
 
 
-def test_a_lora_for_another_base_names_the_first_key_that_does_not_fit(sd1, sd2, sdxl, tmp_path, capsys):
+def test_a_lora_for_another_base_names_the_first_key_that_does_not_fit(sd1, sd2, sdxl, tmp_path, mistake):
     for path in lora_of(sd2, tmp_path / "sd2", "attention", texts=False):
-        line = error(generate, ["--model", sd1, "--prompt", "x", "--lora", path, "--output_dir", tmp_path / "out"], capsys)
+        line = mistake(generate, "--model", sd1, "--prompt", "x", "--lora", path, "--output_dir", tmp_path / "out")
         assert str(path) in line and "attn2" in line.replace(".", "_") and "needs [rank, 24]" in line
     for path in lora_of(sdxl, tmp_path / "sdxl"):
         with pytest.raises(UserError, match=r"LoRA for another base.*(lora|te2|text_encoder_2|transformer_blocks)"):
@@ -365,14 +356,14 @@ SPOILED = {
 
 
 @pytest.mark.parametrize("name", SPOILED)
-def test_what_is_no_lora_is_refused_in_one_line(name, sd1, tmp_path, capsys):
+def test_what_is_no_lora_is_refused_in_one_line(name, sd1, tmp_path, mistake):
     spoil, said = SPOILED[name]
     _, kohya = lora_of(sd1, tmp_path)
     spoil(kohya)
     words = ["--model", sd1, "--prompt", "x", "--lora", kohya, "--output_dir", tmp_path / "out"]
-    line = error(generate, words, capsys)
+    line = mistake(generate, *words)
     assert said in line and str(kohya) in line
-    assert said in error(convert, [sd1, tmp_path / "merged", "--lora", kohya], capsys)
+    assert said in mistake(convert, sd1, tmp_path / "merged", "--lora", kohya)
 
 
 def test_two_in_one_file_are_refused(sd1, tmp_path):
@@ -401,10 +392,10 @@ def test_the_only_file_of_a_folder_is_its_lora(sd1, tmp_path):
     assert flat(files.read(tmp_path, source)).keys() == flat(expected).keys()
 
 
-def test_strengths_fit_the_loras(sd1, tmp_path, capsys):
+def test_strengths_fit_the_loras(sd1, tmp_path, mistake):
     words = ["--model", sd1, "--prompt", "x", "--lora", "a", "b", "--lora_weight", "1", "2", "3"]
-    assert "3 strengths for 2 LoRAs" in error(generate, words, capsys)
-    assert "1 strengths for 0 LoRAs" in error(generate, [*words[:4], "--lora_weight", "1"], capsys)
+    assert "3 strengths for 2 LoRAs" in mistake(generate, *words)
+    assert "1 strengths for 0 LoRAs" in mistake(generate, *words[:4], "--lora_weight", "1")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from single_files import folder, states
 
 import minibooth
-from minibooth import command, convert, drawing, generate, upscale
+from minibooth import command, convert, generate, upscale
 from minibooth.diffusion import super_resolution
 from minibooth.errors import UserError
 
@@ -239,25 +239,16 @@ def test_memory_is_that_of_a_tile_and_of_the_picture(x4):
 # ---- what is refused
 
 
-def failure(main, argv, capsys):
-    """Status and what is printed, of a command that goes wrong."""
-    with pytest.raises(SystemExit) as end:
-        command.run(main, [f"somewhere/{main.__module__.split('.')[-1]}.py", *map(str, argv)])
-    return end.value.code, capsys.readouterr().err
-
-
-def test_a_model_for_the_other_task_is_refused_by_every_command(sd1, x4, tmp_path, capsys):
+def test_a_model_for_the_other_task_is_refused_by_every_command(sd1, x4, tmp_path, mistake):
     picture(8, 8).save(tmp_path / "a.png")
     common = ["--device=cpu", "--output_dir", tmp_path / "out", "--prompt", "a dog"]
-    for main, argv, use in (
-        (generate.main, ["--model", x4], "minibooth.upscale"),
-        (generate.main, ["--model", sd1, "--upscaler", sd1], "minibooth.generate"),
-        (upscale.main, ["--model", sd1, "--images", tmp_path / "a.png"], "minibooth.generate"),
+    for module, argv, use, refused in (
+        (generate, ["--model", x4], "minibooth.upscale", x4),
+        (generate, ["--model", sd1, "--upscaler", sd1], "minibooth.generate", sd1),
+        (upscale, ["--model", sd1, "--images", tmp_path / "a.png"], "minibooth.generate", sd1),
     ):
-        status, printed = failure(main, [*argv, *common], capsys)
-        assert status == 2 and printed.count("\n") == 1
-        assert f"{argv[-1] if 'upscaler' in argv[-2] else argv[1]} is a " in printed
-        assert "is needed: name another" in printed and use in printed
+        line = mistake(module, *argv, *common)
+        assert f"{refused} is a " in line and "is needed: name another" in line and use in line
     assert not (tmp_path / "out" / "0000.png").exists()
 
 
@@ -400,18 +391,10 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("argv, reason", BROKEN.values(), ids=BROKEN)
-def test_a_mistake_ends_with_one_line_and_status_2(x4, tmp_path, monkeypatch, capsys, argv, reason):
+def test_a_mistake_ends_with_one_line_and_status_2(x4, tmp_path, monkeypatch, mistake, argv, reason):
     monkeypatch.chdir(tmp_path)
     picture(8, 8).save("a.png")
     Path("broken.png").write_bytes(Path("a.png").read_bytes()[:90])
     Path("empty").mkdir()
-    status, printed = failure(upscale.main, ["--model", x4, "--device=cpu", "--steps", "1", *argv], capsys)
-    assert status == 2 and reason in printed and printed.count("\n") == 1
+    assert reason in mistake(upscale, "--model", x4, "--device=cpu", "--steps", "1", *argv)
     assert not [*tmp_path.glob("pictures/*")]
-
-
-def test_without_the_embedded_model_its_place_is_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(drawing, "WEIGHTS", tmp_path / "weights")
-    picture(8, 8).save(tmp_path / "a.png")
-    status, printed = failure(upscale.main, ["--images", tmp_path / "a.png"], capsys)
-    assert status == 2 and str(tmp_path / "weights" / "tiny-x4") in printed and "--model" in printed
