@@ -257,12 +257,6 @@ def test_diffusers_draws_with_the_result(sdxl, tmp_path):
     assert difference(drawn, pipeline("a photo of sks dog", **options).images) <= 2
 
 
-def test_a_string_is_one_prompt(sdxl):
-    pipe = minibooth.load(sdxl)
-    one, same = (pipe.encode_prompts(prompt) for prompt in ("a cat", ["a cat"]))
-    assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
-
-
 # ---- single files, in and out
 
 

@@ -1,6 +1,5 @@
 """The x4-upscaler: diffusers' numbers and pictures, tiles without seams, single files, and `python -m minibooth.upscale`."""
 
-import inspect
 import itertools
 import json
 import shutil
@@ -142,12 +141,6 @@ def test_a_picture_of_any_mode_is_what_it_shows(ours):
     shown = [levels, Image.new("RGB", (16, 16), "white")]
     drawn = ours.generate("a dog", [Image.fromarray(grey), clear], steps=1, seed=0)
     assert difference(drawn, ours.generate("a dog", shown, steps=1, seed=0)) == 0
-
-
-def test_names_that_other_programs_may_rely_on(ours):
-    arguments = [*inspect.signature(ours.generate).parameters]
-    assert arguments[:4] == ["prompts", "images", "noise_level", "negative_prompts"]
-    assert arguments[4:] == ["steps", "guidance_scale", "sampler", "seed", "tile"]
 
 
 # ---- tiles

@@ -151,10 +151,6 @@ def test_what_does_not_go_together_is_refused(pipe, options, reason):
         pipe.generate(**({"prompts": PROMPTS, "steps": 1} | options))
 
 
-def test_a_string_is_one_prompt(pipe):
-    assert torch.equal(pipe.encode_prompts("a cat"), pipe.encode_prompts(["a cat"]))
-
-
 def test_noise_of_any_precision_is_taken_away_in_fp32(pipe):
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
     drawn = (pipe.generate("a dog", steps=4, latents=latents) for latents in (noise, noise.float()))
