@@ -9,8 +9,10 @@ import shutil
 import signal
 from pathlib import Path
 
+import hub_standin
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 from torch import Tensor, nn
@@ -231,6 +233,16 @@ def x4(tmp_path_factory) -> Path:
 def checkpoint(request) -> Path:
     """Either folder."""
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """The hub's stand-in, with an empty cache. It is huggingface_hub's only endpoint for as long as the test lasts."""
+    with hub_standin.serving() as hub:
+        hub_standin.point_at(hub.endpoint, monkeypatch)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield hub
 
 
 @pytest.fixture

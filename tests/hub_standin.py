@@ -11,6 +11,8 @@ from pathlib import Path
 from threading import Thread
 from urllib.parse import unquote, urlsplit
 
+from huggingface_hub import constants
+
 NAME = r"(?P<repo>[\w.-]+/[\w.-]+)"
 
 
@@ -145,6 +147,17 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *args) -> None:
         """Keep the tests' output free of it."""
+
+
+def point_at(endpoint: str, monkeypatch) -> None:
+    """What HF_ENDPOINT sets at the start of a process."""
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}")
+
+
+def dead_end(monkeypatch) -> None:
+    """An endpoint where nobody listens."""
+    point_at("http://127.0.0.1:9", monkeypatch)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import single_files
 import torch
 from comparing import differing
 from conftest import content, write_json
-from hub_standin import ROUTES, Hub, serving
+from hub_standin import ROUTES, Hub, dead_end
 from huggingface_hub import HfApi, constants
 from safetensors.torch import load_file, save_file
 
@@ -16,30 +16,9 @@ from minibooth.checkpoint.source import CLIP
 from minibooth.errors import UserError
 
 
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """The stand-in, with an empty cache. It is huggingface_hub's only endpoint for as long as the test lasts."""
-    with serving() as hub:
-        point_at(hub.endpoint, monkeypatch)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        yield hub
-
-
-def point_at(endpoint, monkeypatch):
-    """What HF_ENDPOINT sets at the start of a process."""
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}")
-
-
 def offline(monkeypatch):
     """What HF_HUB_OFFLINE=1 sets at the start of a process."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-
-
-def dead_end(monkeypatch):
-    """An endpoint where nobody listens."""
-    point_at("http://127.0.0.1:9", monkeypatch)
 
 
 def with_everything(folder):

@@ -4,22 +4,13 @@ from pathlib import Path
 
 import pytest
 from comparing import weights
-from hub_standin import serving
-from huggingface_hub import ModelCard, constants
+from hub_standin import dead_end
+from huggingface_hub import ModelCard
 from small_run import flags, photographs, run, small, train
 
 from minibooth.dreambooth.hub import model_card, push, reserve
 from minibooth.dreambooth.settings import Settings
 from minibooth.errors import UserError
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """The stand-in, as HF_ENDPOINT would make it huggingface_hub's."""
-    with serving() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        yield hub
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +125,7 @@ def test_a_failed_upload_is_told_in_one_line_and_the_model_stays(trouble, hub, t
     if trouble == "refusal":
         hub.refusal = 403
     else:
-        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+        dead_end(monkeypatch)
     with pytest.raises(UserError, match=f"the model is in {trained.output_dir}, but could not be uploaded") as error:
         push(trained)
     assert "\n" not in str(error.value)
