@@ -282,11 +282,6 @@ def test_a_flip_mirrors_exactly_half_of_the_time(center):
     assert 70 < flipped < 130
 
 
-def test_pixels_reach_from_minus_one_to_one():
-    assert (crop(Image.new("RGB", (50, 40), "black"), 16, True, False, generator()).pixels == -1).all()
-    assert (crop(Image.new("RGB", (50, 40), "white"), 16, True, False, generator()).pixels == 1).all()
-
-
 @pytest.mark.parametrize("name", INTERPOLATION)
 def test_a_picture_that_fits_passes_unchanged(name):
     picture = noise(16, 16)

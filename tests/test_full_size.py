@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from comparing import error, normals
+from comparing import difference, error, gradients, normals, worst_error
 from PIL import Image
 
 import minibooth
@@ -133,20 +133,15 @@ def test_unet(folder, report):
 
 def test_unet_gradients(folder, report):
     """One network at a time, and of the first one its gradients alone stay."""
-
-    def gradients(unet):
-        output = unet(*inputs(folder))
-        loss = (getattr(output, "sample", output) - normals(1, 4, 24, 32, seed=2)).square().mean()
-        named = dict(unet.named_parameters())
-        return dict(zip(named, torch.autograd.grad(loss, named.values()), strict=True))
-
-    expected = gradients(theirs(folder, "unet"))
+    told, target = inputs(folder), normals(1, 4, 24, 32, seed=2)
+    reference = theirs(folder, "unet")
+    expected = gradients(reference, reference(*told).sample, target)
+    del reference
     gc.collect()
-    found = {name: error(gradient, expected[name]) for name, gradient in gradients(ours(folder, "unet")).items()}
-    assert found.keys() == expected.keys()
-    worst = max(found, key=found.get)
-    report("UNet gradients, the worst parameter's:", f"{found[worst]:.1e} ({worst})")
-    assert found[worst] <= 1e-4
+    unet = ours(folder, "unet")
+    found, worst = worst_error(gradients(unet, unet(*told), target), expected)
+    report("UNet gradients, the worst parameter's:", f"{found:.1e} ({worst})")
+    assert found <= 1e-4
 
 
 def test_generate(folder, report):
@@ -163,9 +158,8 @@ def test_generate(folder, report):
     reference = diffusers.DiffusionPipeline.from_pretrained(folder)
     options = dict(num_inference_steps=3, guidance_scale=7.5, generator=torch.Generator().manual_seed(1))
     expected = reference(prompts, negative_prompt=negatives, **theirs, **options).images
-    levels = [np.asarray(picture, np.int16) for picture in (*drawn, *expected)]
-    found = np.abs(levels[0] - levels[1]).max()
-    report("generate at 256 px, levels of 255:", f"{found} (the picture's own deviation: {levels[1].std():.0f})")
+    found = difference(drawn, expected)
+    report("generate at 256 px, levels of 255:", f"{found}")
     assert found <= 2
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from comparing import normals
 from conftest import SCHEDULER
 from torch import Tensor
 
@@ -18,10 +19,6 @@ SCHEDULES = {
 }
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.fixture(params=SCHEDULES)
 def scheduler(request) -> DDPMScheduler:
     return DDPMScheduler.from_config(SCHEDULES[request.param])
@@ -34,7 +31,7 @@ def gamma(request) -> float | None:
 
 def batch() -> tuple[Tensor, Tensor, Tensor]:
     """Prediction (a leaf), target, and timesteps that min-SNR weighs very differently."""
-    return normal(B, *SHAPE).requires_grad_(), normal(B, *SHAPE, seed=1), torch.tensor([3, 990, 400, 40])
+    return normals(B, *SHAPE).requires_grad_(), normals(B, *SHAPE, seed=1), torch.tensor([3, 990, 400, 40])
 
 
 def value_and_gradient(loss: Tensor, leaf: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,26 +113,16 @@ def test_the_error_is_taken_in_fp32():
     assert losses["loss"] == dreambooth_loss(half.float(), target, t, scheduler)["loss"]
 
 
-def test_the_target_is_what_the_network_predicts(scheduler):
-    """From x_t and the target, x0 comes back: x0 = (x_t - s e) / c for epsilon, c x_t - s v for v."""
-    x0, noise, t = normal(B, *SHAPE), normal(B, *SHAPE, seed=1), torch.tensor([3, 800, 400, 40])
-    x, target = scheduler.add_noise(x0, noise, t), scheduler.target(x0, noise, t)
-    a = scheduler.alphas_cumprod[t].reshape(-1, 1, 1, 1)
-    c, s = a.sqrt(), (1 - a).sqrt()
-    back = (x - s * target) / c if scheduler.prediction_type == "epsilon" else c * x - s * target
-    assert torch.allclose(back, x0, atol=1e-4)
-
-
-@pytest.mark.parametrize("prior_loss_weight", [None, 0.5], ids=["plain", "prior"])
-def test_ten_steps_change_diffusers_unet_and_ours_alike(checkpoint, prior_loss_weight):
+@pytest.mark.parametrize("model, prior_loss_weight", [("sd1", None), ("sd2", 0.5)])
+def test_ten_steps_change_diffusers_unet_and_ours_alike(model, prior_loss_weight, request):
     """The loop of train_dreambooth.py on fixed latents, noise and timesteps, beside ours."""
-    diffusers = pytest.importorskip("diffusers")
+    diffusers, checkpoint = pytest.importorskip("diffusers"), request.getfixturevalue(model)
     ours = minibooth.load(checkpoint)
     theirs = diffusers.UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet")
     before = {name: x.detach().clone() for name, x in theirs.state_dict().items()}
     schedule = diffusers.DDPMScheduler.from_pretrained(checkpoint, subfolder="scheduler")
-    x0, noise = normal(10, B, 4, 8, 8), normal(10, B, 4, 8, 8, seed=1)
-    context = normal(B, 77, ours.unet.config.cross_attention_dim, seed=2)
+    x0, noise = normals(10, B, 4, 8, 8), normals(10, B, 4, 8, 8, seed=1)
+    context = normals(B, 77, ours.unet.config.cross_attention_dim, seed=2)
     timesteps = torch.randint(1000, (10, B), generator=torch.Generator().manual_seed(3))
 
     def our_loss(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from comparing import normals
 
 from minibooth.diffusion.noise import gaussian, generator
 from minibooth.diffusion.samplers import SAMPLERS, calls, sample, trajectory
@@ -47,10 +48,6 @@ def toy(x, t):
     mix = torch.randn(x[0].numel(), x[0].numel(), generator=torch.Generator().manual_seed(1)) / x[0].numel() ** 0.5
     drift = torch.sin(t.to(x.dtype) / 150)[:, None]
     return (torch.tanh(x.flatten(1) @ mix.to(x) + drift) + 0.3 * drift).view_as(x)
-
-
-def normals(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def reference(name, settings, steps, x, **options):
@@ -236,8 +233,8 @@ def test_a_sample_is_computed_in_the_dtype_of_its_noise_whatever_the_networks(na
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_any_number_of_steps_is_finite(name, spacing):
-    scheduler = DDPMScheduler.from_config(config("v_prediction", spacing, num_train_timesteps=100))
-    for steps in range(1, 99):
+    scheduler = DDPMScheduler.from_config(config("v_prediction", spacing, num_train_timesteps=40))
+    for steps in range(1, 39):
         assert sample(lambda x, t: x, normals(1, 1), scheduler, steps, name).isfinite().all()
 
 

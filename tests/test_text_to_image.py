@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from comparing import difference, pixels
+from comparing import difference, normals, pixels
 from conftest import edit_json, write_json
 
 import minibooth
@@ -20,12 +20,6 @@ SAMPLERS = {
     "euler": ("EulerDiscreteScheduler", {}),  # linspace, since the folders do not name a spacing
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
 }
-
-
-@pytest.mark.parametrize("shape", [(1, 4), (2, 4, 8, 8), (1, 3, 8, 8), (1, 4, 8, 8, 1)])
-def test_noise_of_another_shape_is_refused(sd1, shape):
-    with pytest.raises(UserError, match="do not fit 1 pictures of 4 channels"):
-        minibooth.load(sd1).generate("a cat", steps=1, latents=torch.zeros(shape))
 
 
 def test_pictures_are_decoded_one_by_one(sd1, monkeypatch):
@@ -69,7 +63,7 @@ def as_diffusers(theirs, sampler, prompts, negatives, height, width, steps, guid
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("guidance, height, width", [(7.5, 64, 72), (1.5, 40, 40), (1.0, 48, 40)])
 def test_pictures_from_the_same_noise_are_those_of_diffusers(ours, theirs, sampler, guidance, height, width):
-    latents = torch.randn(2, 4, height // 8, width // 8, generator=torch.Generator().manual_seed(0))
+    latents = normals(2, 4, height // 8, width // 8)
     drawn = ours.generate(PROMPTS, NEGATIVES, height, width, 4, guidance, sampler, latents=latents)
     expected = as_diffusers(theirs, sampler, PROMPTS, NEGATIVES, height, width, 4, guidance, latents=latents.clone())
     assert difference(drawn, expected) <= 2
@@ -94,7 +88,7 @@ def test_what_the_first_schedules_got_wrong_is_mended_as_diffusers_does(sd1, cop
         warnings.simplefilter("ignore", FutureWarning)  # that they are mended
         theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder)
     theirs.set_progress_bar_config(disable=True)
-    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    latents = normals(1, 4, 8, 8)
     drawn = minibooth.load(folder).generate("a cat", steps=4, sampler=sampler, latents=latents)
     assert difference(drawn, theirs("a cat", num_inference_steps=4, latents=latents.clone()).images) <= 2
 
@@ -135,8 +129,10 @@ def test_a_size_that_cannot_be_drawn_is_refused(pipe, size):
         ({"negative_prompts": ["a"] * 3}, "3 negative prompts for 2 prompts"),
         ({"sampler": "plms"}, "plms"),
         ({"steps": 0}, "0 steps"),
-        ({"latents": torch.zeros(1, 4, 8, 8)}, "latents"),
-        ({"latents": torch.zeros(2, 3, 8, 8)}, "latents"),
+        ({"latents": torch.zeros(1, 4, 8, 8)}, "do not fit 2 pictures of 4 channels"),
+        ({"latents": torch.zeros(2, 3, 8, 8)}, "do not fit 2 pictures of 4 channels"),
+        ({"latents": torch.zeros(2, 4)}, "do not fit 2 pictures of 4 channels"),
+        ({"latents": torch.zeros(2, 4, 8, 8, 1)}, "do not fit 2 pictures of 4 channels"),
         ({"prompts": []}, "0 pictures"),
         ({"seed": -1}, "from seed -1"),
         ({"seed": 2**64}, "0 to 2.64 - 1"),
@@ -152,7 +148,7 @@ def test_what_does_not_go_together_is_refused(pipe, options, reason):
 
 
 def test_noise_of_any_precision_is_taken_away_in_fp32(pipe):
-    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    noise = normals(1, 4, 8, 8).bfloat16()
     drawn = (pipe.generate("a dog", steps=4, latents=latents) for latents in (noise, noise.float()))
     assert difference(*drawn) == 0
 
