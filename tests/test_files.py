@@ -5,12 +5,13 @@ import json
 import mmap
 import os
 import pickle
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from comparing import differing
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from minibooth.checkpoint import files
 from minibooth.errors import UserError
@@ -213,6 +214,36 @@ def test_tensors_are_written_in_the_dtype_of_others(tmp_path):
 def test_a_tensor_that_is_a_view_is_written(tmp_path):
     files.write_weights(tmp_path / "model.safetensors", {"t": TENSORS["a.weight"].T})
     assert torch.equal(files.weights_of(tmp_path, "model")["t"], TENSORS["a.weight"].T)
+
+
+def test_a_hundred_tensors_take_the_memory_of_one(tmp_path):
+    """The writer asks for each tensor once, and lets go of it before the next."""
+    alive, seen = [], []
+
+    def made(i):
+        def make(_):
+            assert not any(ref() is not None for ref in alive)
+            tensor = torch.full((4,), float(i))
+            alive.append(weakref.ref(tensor))
+            seen.append(i)
+            return tensor
+
+        return make
+
+    view = files.View({}, {f"{i}": made(i) for i in range(100)})
+    shapes = dict.fromkeys(view, torch.empty(4, device="meta"))
+    view.__class__ = type("Counted", (files.View,), {"meta": shapes})
+    files.write_weights(tmp_path / "x.safetensors", view)
+    assert sorted(seen) == list(range(100))
+    assert all((x == int(name)).all() for name, x in load_file(tmp_path / "x.safetensors").items())
+
+
+def test_safetensors_own_writer_and_ours_agree(tmp_path):
+    kinds = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
+    tensors = {f"{dtype}": torch.arange(3).to(dtype) for dtype in kinds} | {"0": torch.tensor(1.5), "none": torch.empty(0, 3)}
+    save_file(tensors, tmp_path / "theirs.safetensors")
+    files.write_weights(tmp_path / "ours.safetensors", tensors)
+    assert not differing(load_file(tmp_path / "ours.safetensors"), load_file(tmp_path / "theirs.safetensors"))
 
 
 def entries(folder):

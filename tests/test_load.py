@@ -9,10 +9,11 @@ import warnings
 
 import pytest
 import torch
-from comparing import differing
+from comparing import differing, weights
 from conftest import END, content, edit_json, refusal, write_json
 from safetensors.torch import load_file, save_file
 from single_files import states
+from small_run import tiny
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
@@ -24,7 +25,7 @@ NETWORKS = ("text_encoder", "unet", "vae")
 STEMS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 
 
-def weights(folder, name, infix=""):
+def file_of(folder, name, infix=""):
     """A component's file."""
     return folder / name / f"{STEMS[name]}{infix}.safetensors"
 
@@ -32,23 +33,23 @@ def weights(folder, name, infix=""):
 def rewrite(folder, change, names=NETWORKS, infix=""):
     """Each component's file, with change(tensors) in it, under a name with `infix`."""
     for name in names:
-        tensors = change(load_file(weights(folder, name)))
-        weights(folder, name).unlink()
-        save_file(tensors, weights(folder, name, infix), metadata={"format": "pt"})
+        tensors = change(load_file(file_of(folder, name)))
+        file_of(folder, name).unlink()
+        save_file(tensors, file_of(folder, name, infix), metadata={"format": "pt"})
     return folder
 
 
 def shard(folder):
     """Each component's file as three, with an index."""
     for name in NETWORKS:
-        tensors, names = load_file(weights(folder, name)), {}
+        tensors, names = load_file(file_of(folder, name)), {}
         for i in range(3):
             part = {key: tensors[key] for key in sorted(tensors)[i::3]}
-            file = weights(folder, name, f"-{i + 1:05d}-of-00003")
+            file = file_of(folder, name, f"-{i + 1:05d}-of-00003")
             save_file(part, file)
             names |= dict.fromkeys(part, file.name)
         write_json(folder / name / f"{STEMS[name]}.safetensors.index.json", {"weight_map": names})
-        weights(folder, name).unlink()
+        file_of(folder, name).unlink()
     return folder
 
 
@@ -58,7 +59,7 @@ def shard(folder):
 def test_every_tensor_of_the_files_is_in_the_networks_under_its_name(checkpoint):
     pipe = minibooth.load(checkpoint)
     for name in NETWORKS:
-        assert not differing(dict(getattr(pipe, name).state_dict()), load_file(weights(checkpoint, name)))
+        assert not differing(dict(getattr(pipe, name).state_dict()), load_file(file_of(checkpoint, name)))
         assert not getattr(pipe, name).training
 
 
@@ -130,7 +131,7 @@ def test_a_variant_is_read_where_it_is_asked_for(sd1, copy_of):
 def test_what_lacks_a_variant_that_others_have_is_read_as_it_is(sd1, copy_of):
     """As diffusers does; of Stable Diffusion 1.5 the UNet alone is there as non_ema."""
     folder = copy_of(sd1)
-    shutil.copy(weights(folder, "unet"), weights(folder, "unet", ".ema"))
+    shutil.copy(file_of(folder, "unet"), file_of(folder, "unet", ".ema"))
     rewrite(folder, lambda tensors: {key: x + 1 for key, x in tensors.items()}, ["unet"], infix=".non_ema")
     expected = {key: x + key.startswith("unet/") for key, x in states(minibooth.load(sd1)).items()}
     assert not differing(states(minibooth.load(folder, variant="non_ema")), expected)
@@ -184,16 +185,16 @@ def test_the_prediction_type_can_be_overruled(sd1, sd2):
 
 
 def a_pickle(folder):
-    weights(folder, "unet").rename(folder / "unet" / "diffusion_pytorch_model.bin")
+    file_of(folder, "unet").rename(folder / "unet" / "diffusion_pytorch_model.bin")
 
 
 def truncated(folder):
-    data = weights(folder, "vae").read_bytes()
-    weights(folder, "vae").write_bytes(data[: len(data) // 2])
+    data = file_of(folder, "vae").read_bytes()
+    file_of(folder, "vae").write_bytes(data[: len(data) // 2])
 
 
 def a_missing_shard(folder):
-    weights(shard(folder), "unet", "-00002-of-00003").unlink()
+    file_of(shard(folder), "unet", "-00002-of-00003").unlink()
 
 
 def without(name):
@@ -253,7 +254,7 @@ BROKEN = {
         "text_encoder: text_model.embeddings.token_embedding.weight is there twice, also as .*: remove the wrong one",
     ),
     "link to nowhere": (
-        lambda folder: (weights(folder, "unet").unlink(), weights(folder, "unet").symlink_to("gone")),
+        lambda folder: (file_of(folder, "unet").unlink(), file_of(folder, "unet").symlink_to("gone")),
         "safetensors is missing$",
     ),
     "times": (saying("scheduler/scheduler_config.json", timestep_type="continuous"), "timestep_type='continuous'"),
@@ -283,8 +284,8 @@ MALFORMED = {  # of a folder's small files, keys and what they might say
     "model_index.json": {"_class_name": ([1], 7)},
     "unet/config.json": {
         "sample_size": (None, "x", [1], [1, 2, 3], -8, 1.5), "norm_num_groups": (*ODD, 0, 3), "norm_eps": (*ODD, 0),
-        "attention_head_dim": (0, -1, 3, "x"), "block_out_channels": ([], [-16] * 4, 16), "in_channels": (0, -4, 10**30),
-        "layers_per_block": (0, "x"), "cross_attention_dim": (None, -24), "down_block_types": (1, ["x"] * 4, [[]] * 4),
+        "attention_head_dim": (0, -1, 3, "x"), "block_out_channels": ([], [-16] * 2, 16), "in_channels": (0, -4, 10**30),
+        "layers_per_block": (0, "x"), "cross_attention_dim": (None, -24), "down_block_types": (1, ["x"] * 2, [[]] * 2),
         "num_class_embeds": ("x", -1), "addition_embed_type": (1, [1]), "use_linear_projection": (1, True),
     },
     "vae/config.json": {"scaling_factor": (*ODD, 0), "block_out_channels": ([], 8), "latent_channels": (0, -4, None)},
@@ -318,8 +319,8 @@ WHOLE = {path: NOT_JSON for path in MALFORMED} | {
 
 
 @pytest.mark.parametrize("path, key", [(path, key) for path, keys in MALFORMED.items() for key in keys])
-def test_whatever_a_setting_says_it_is_a_users_mistake(sd1, copy_of, path, key):
-    folder = copy_of(sd1)
+def test_whatever_a_setting_says_it_is_a_users_mistake(copy_of, path, key):
+    folder = copy_of(tiny())
     if not (folder / path).exists():
         write_json(folder / path, {})
     for value in MALFORMED[path][key]:
@@ -329,8 +330,8 @@ def test_whatever_a_setting_says_it_is_a_users_mistake(sd1, copy_of, path, key):
 
 
 @pytest.mark.parametrize("path", WHOLE)
-def test_whatever_a_small_file_holds_it_is_a_users_mistake(sd1, copy_of, path):
-    folder = copy_of(sd1)
+def test_whatever_a_small_file_holds_it_is_a_users_mistake(copy_of, path):
+    folder = copy_of(tiny())
     for held in WHOLE[path]:
         (folder / path).write_bytes(held if isinstance(held, bytes) else held.encode())
         assert str(folder / path.partition("/")[0]) in refusal(folder), held
@@ -369,34 +370,43 @@ def test_a_vocabulary_of_another_model_is_refused(sd1, copy_of):
 
 def test_what_is_no_checkpoint_is_refused_by_name(sd1, tmp_path):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "model.ckpt").write_bytes(b"")
+    for name in ("model.ckpt", "model.zip"):
+        (tmp_path / name).write_bytes(b"")
     assert "has no model_index.json, but nothing" in refusal(tmp_path / "empty")
     write_json(tmp_path / "checkpoint-2" / "state.json", {})
     assert "a run's checkpoint; to draw with it, give it to" in refusal(tmp_path / "checkpoint-2")
     assert "has no model_index.json, but config.json" in refusal(sd1 / "unet")
     assert "pickle, which is never opened" in refusal(tmp_path / "model.ckpt")
-    assert "is a file" in refusal(weights(sd1, "unet"))
-    assert refusal(tmp_path / "never").startswith(f"{tmp_path / 'never'} is missing: name a folder, a .safetensors file, or ")
+    assert "is a file of unknown kind" in refusal(tmp_path / "model.zip")
+    assert "is a file of another kind" in refusal(file_of(sd1, "unet"))
+    for name in ("never", "never.safetensors"):
+        assert refusal(tmp_path / name).startswith(f"{tmp_path / name} is missing: name a folder, a .safetensors file, or ")
+
+
+def test_an_empty_name_is_no_model(tmp_path, monkeypatch):
+    """As where a script's variable is not set: it would be this folder."""
+    monkeypatch.chdir(tmp_path)
+    assert "the model's name is empty" in refusal("")
 
 
 # ---- saving
 
 
-def test_what_was_not_trained_comes_back_bit_for_bit(checkpoint, tmp_path):
-    minibooth.load(checkpoint).save(tmp_path / "saved")
-    before, after = content(checkpoint), content(tmp_path / "saved")
+@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl", "x4"])
+def test_what_was_not_trained_comes_back_bit_for_bit(kind, request, tmp_path):
+    folder = request.getfixturevalue(kind)
+    minibooth.load(folder).save(tmp_path / "saved")
+    before, after = content(folder), content(tmp_path / "saved")
     assert after.keys() == before.keys()
     assert {name for name in before if after[name] != before[name]} <= {name for name in before if "safetensors" in name}
-    for name in NETWORKS:
-        assert not differing(load_file(weights(tmp_path / "saved", name)), load_file(weights(checkpoint, name)))
+    assert not differing(weights(tmp_path / "saved"), weights(folder))
 
 
 @pytest.mark.parametrize("change", LAYOUTS.values(), ids=LAYOUTS)
 def test_whatever_the_layout_was_the_published_one_is_written(sd1, copy_of, tmp_path, change):
     minibooth.load(change(copy_of(sd1))).save(tmp_path / "saved")
     assert content(tmp_path / "saved").keys() == content(sd1).keys()
-    for name in NETWORKS:
-        assert not differing(load_file(weights(tmp_path / "saved", name)), load_file(weights(sd1, name)))
+    assert not differing(weights(tmp_path / "saved"), weights(sd1))
 
 
 def test_half_precision_files_stay_so_and_take_what_was_trained(sd1, copy_of, tmp_path):
@@ -405,11 +415,9 @@ def test_half_precision_files_stay_so_and_take_what_was_trained(sd1, copy_of, tm
     with torch.no_grad():
         pipe.unet.conv_out.bias += 1
     pipe.save(tmp_path / "saved")
-    for name in ("text_encoder", "vae"):
-        assert not differing(load_file(weights(tmp_path / "saved", name)), load_file(weights(folder, name, ".fp16")))
-    expected = load_file(weights(folder, "unet", ".fp16"))
-    expected["conv_out.bias"] = (expected["conv_out.bias"].float() + 1).half()
-    assert not differing(load_file(weights(tmp_path / "saved", "unet")), expected)
+    expected = weights(folder)
+    expected["unet/conv_out.bias"] = (expected["unet/conv_out.bias"].float() + 1).half()
+    assert not differing(weights(tmp_path / "saved"), expected)
 
 
 def test_released_networks_are_written_all_the_same(sd1, copy_of, tmp_path):

@@ -1,4 +1,4 @@
-"""The x4-upscaler: diffusers' numbers and pictures, tiles without seams, single files, and `python -m minibooth.upscale`."""
+"""The x4-upscaler: diffusers' numbers and pictures, tiles without seams, and `python -m minibooth.upscale`."""
 
 import itertools
 import json
@@ -10,14 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from comparing import difference, differing, error, gradients, normals, pixels, weights, worst_error
+from comparing import difference, error, gradients, normals, pixels, worst_error
 from conftest import edit_json
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from single_files import folder, states
 
 import minibooth
-from minibooth import command, convert, generate, upscale
+from minibooth import command, generate, upscale
 from minibooth.diffusion import super_resolution
 from minibooth.errors import UserError
 
@@ -206,7 +205,6 @@ def test_tiling_changes_little(ours):
 MEASURE = """
 import sys
 import numpy as np, torch
-from conftest import edit_json
 from PIL import Image
 import minibooth
 
@@ -273,32 +271,6 @@ def test_what_an_old_folder_does_not_say_is_the_published_models(x4, copy_of):
         (folder / name).write_text(json.dumps(config))
     pipe = minibooth.load(folder)
     assert (pipe.vae.scaling_factor, pipe.max_noise_level) == (0.08333, 350)
-
-
-# ---- files
-
-
-def test_a_saved_upscaler_is_the_one_that_was_read_and_opens_in_diffusers(ours, x4, tmp_path):
-    ours.save(tmp_path / "saved")
-    assert not differing(weights(tmp_path / "saved"), weights(x4))
-    for name in ("low_res_scheduler/scheduler_config.json", "model_index.json"):
-        assert (tmp_path / "saved" / name).read_bytes() == (x4 / name).read_bytes()
-    assert not differing(states(minibooth.load(tmp_path / "saved")), states(ours))
-    diffusers = pytest.importorskip("diffusers")
-    assert diffusers.StableDiffusionUpscalePipeline.from_pretrained(tmp_path / "saved").config.max_noise_level == 350
-
-
-def test_convert_goes_both_ways(tmp_path):
-    convert.main([str(folder("x4")), str(tmp_path / "x.safetensors")])
-    convert.main([str(tmp_path / "x.safetensors"), str(tmp_path / "folder"), "--tokenizer", str(folder("x4"))])
-    assert not differing(weights(tmp_path / "folder"), weights(folder("x4")))
-    for name in ("unet", "vae"):
-        written, meant = (json.loads((at / name / "config.json").read_text()) for at in (tmp_path / "folder", folder("x4")))
-        same = {"only_cross_attention", "num_class_embeds", "in_channels", "block_out_channels", "scaling_factor"}
-        assert {key: written.get(key) for key in same} == {key: meant.get(key) for key in same}
-    again = minibooth.load(tmp_path / "folder")
-    assert again.scheduler.prediction_type == "v_prediction" and again.max_noise_level == 350
-    assert torch.equal(again.low_res_scheduler.alphas_cumprod, minibooth.load(folder("x4")).low_res_scheduler.alphas_cumprod)
 
 
 def test_half_precision_leaves_the_vae_whole(x4):
