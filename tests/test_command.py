@@ -10,11 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from minibooth import __main__, command
 from minibooth.checkpoint import files
 from minibooth.dreambooth.trainer import interrupts
-from minibooth.errors import UserError
+from minibooth.errors import Terminated, UserError
 
 
 def test_commands_ask_for_huge_pages_unless_told_otherwise(monkeypatch):
@@ -70,7 +71,59 @@ def test_a_folder_is_made_with_those_above_it(tmp_path):
         assert (tmp_path / "a" / "b").is_dir() and not [*(tmp_path / "a" / "b").iterdir()]
 
 
+def test_flags_are_alike_in_either_spelling_and_values_stay():
+    argv = ["--num-images", "4", "--a-b=c-d=e-f", "-x-y", "a-b", "--num_images=a_b", "--", "--", "--a-b=~/c-d", "~"]
+    expected = ["--num_images", "4", "--a_b=c-d=e-f", "-x-y", "a-b", "--num_images=a_b", "--", "--"]
+    assert command.normalise(argv) == [*expected, f"--a_b={Path.home()}/c-d", str(Path.home())]
+
+
+@pytest.mark.parametrize("cuda, mps, best", [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
+def test_the_best_device_is_taken_unless_one_is_named(monkeypatch, cuda, mps, best):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)  # not so where the driver is too old for this PyTorch
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert command.device() == torch.device(best)
+    assert command.device("cpu") == torch.device("cpu")
+    for name in ["cuda:2", "cuda:x", "cpu:x", "cpu:-1"] + ["cuda:0"] * (not cuda):
+        with pytest.raises(UserError, match=f"{name} is not there; {'cuda, cuda:0, cuda:1' if cuda else best}.* would do"):
+            command.device(name)
+    assert not cuda or command.device("cuda:1") == torch.device("cuda", 1)
+
+
 # ---- the process
+
+
+def test_a_run_ends_as_a_process_should(capsys):
+    def raising(error):
+        def main(argv):
+            raise error
+
+        return main
+
+    ends = [
+        (UserError("a\nb"), 2, "a b"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (Terminated(), 143, "terminated"),
+        (OSError(28, "full", "x"), 2, "full: x"),
+        (OSError(36, "File name too long", "new", None, "x"), 2, "File name too long: x"),
+        (OSError(2, "No such file", "x\udcff"), 2, "No such file: x\\udcff"),
+        (MemoryError(), 2, "not enough memory: take a smaller size or batch"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), 2, "smaller size or batch; CUDA out of memory. Tried"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "DefaultCPUAllocator: can't allocate memory"),
+        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), 2, "smaller size or batch; CUBLAS_STATUS_ALLOC_FAILED"),
+    ]
+    for error, status, line in ends:
+        with pytest.raises(SystemExit) as end:
+            command.run(raising(error), ["/a/train.py"])
+        assert end.value.code == status
+        printed = capsys.readouterr().err
+        assert printed.startswith("minibooth.train: ") and printed.endswith(f"{line}\n") and printed.count("\n") == 1
+    for bug in (ZeroDivisionError(), RuntimeError("shapes"), OSError("ours")):  # keeps its traceback
+        with pytest.raises(type(bug)):
+            command.run(raising(bug), ["/a/train.py"])
+    with pytest.raises(SystemExit) as end:
+        command.run(lambda argv: None, ["/a/train.py"])
+    assert not end.value.code
 
 
 def test_sigterm_cleans_up_as_ctrl_c_does(tmp_path, capsys):
@@ -151,3 +204,30 @@ def test_ctrl_c_among_the_imports_ends_a_command_quietly(tmp_path):
     where["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
     done = subprocess.run([sys.executable, "-m", "minibooth.train", "--rank=4"], capture_output=True, **where)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
+
+
+# ---- the package
+
+
+def test_the_package_lists_its_commands(capsys):
+    __main__.main()
+    listed = capsys.readouterr().out
+    modules = [path for path in Path(__main__.__file__).parent.glob("[!_]*.py") if "\ndef main(" in path.read_text()]
+    assert {path.stem for path in modules} == {*__main__.COMMANDS}
+    for path in modules:
+        line = path.read_text().splitlines()[0].strip('"')
+        assert f"python -m minibooth.{path.stem}" in listed and line in listed
+
+
+def test_nobody_to_read_the_list_is_no_error():
+    words = f"{sys.executable} -m minibooth | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", words], capture_output=True, cwd=Path(__file__).parents[1])
+    assert done.returncode in (0, 141) and done.stderr == b""
+
+
+@pytest.mark.parametrize("word, remedy", [("train", "use python -m minibooth.train\n"), ("x", "one of train, generate")])
+def test_the_package_takes_no_words(word, remedy, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        __main__.main([word, "--rank", "4"])
+    said = capsys.readouterr()
+    assert not said.out and remedy in said.err and said.err.count("\n") == 1

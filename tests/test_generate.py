@@ -1,9 +1,6 @@
 """`python -m minibooth.generate` leaves pictures that say how to draw them again; its mistakes take one line."""
 
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,11 +9,9 @@ import torch
 from PIL import Image
 from small_run import photographs
 
-import minibooth
-from minibooth import __main__, command, drawing, evaluate, generate, upscale
+from minibooth import command, drawing, evaluate, generate, upscale
 from minibooth.diffusion.samplers import SAMPLERS
 from minibooth.diffusion.text_to_image import StableDiffusion
-from minibooth.errors import Terminated, UserError
 
 
 @pytest.fixture
@@ -173,40 +168,7 @@ def test_without_the_embedded_model_its_place_is_named(tmp_path, monkeypatch, mi
         assert f"{tmp_path / 'weights' / model} " in line and "--model" in line
 
 
-# ---- what all commands share
-
-
-def test_a_run_ends_as_a_process_should(capsys):
-    def raising(error):
-        def main(argv):
-            raise error
-
-        return main
-
-    ends = [
-        (UserError("a\nb"), 2, "a b"),
-        (KeyboardInterrupt(), 130, "interrupted"),
-        (Terminated(), 143, "terminated"),
-        (OSError(28, "full", "x"), 2, "full: x"),
-        (OSError(36, "File name too long", "new", None, "x"), 2, "File name too long: x"),
-        (OSError(2, "No such file", "x\udcff"), 2, "No such file: x\\udcff"),
-        (MemoryError(), 2, "not enough memory: take a smaller size or batch"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried"), 2, "smaller size or batch; CUDA out of memory. Tried"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "DefaultCPUAllocator: can't allocate memory"),
-        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), 2, "smaller size or batch; CUBLAS_STATUS_ALLOC_FAILED"),
-    ]
-    for error, status, line in ends:
-        with pytest.raises(SystemExit) as end:
-            command.run(raising(error), ["/a/train.py"])
-        assert end.value.code == status
-        printed = capsys.readouterr().err
-        assert printed.startswith("minibooth.train: ") and printed.endswith(f"{line}\n") and printed.count("\n") == 1
-    for bug in (ZeroDivisionError(), RuntimeError("shapes"), OSError("ours")):  # keeps its traceback
-        with pytest.raises(type(bug)):
-            command.run(raising(bug), ["/a/train.py"])
-    with pytest.raises(SystemExit) as end:
-        command.run(lambda argv: None, ["/a/train.py"])
-    assert not end.value.code
+# ---- the model and the prompt
 
 
 @pytest.mark.parametrize("device, words, dtype", [
@@ -222,58 +184,8 @@ def test_a_model_is_read_as_the_flags_say_and_on_a_gpu_in_half_precision(tmp_pat
     assert pipe.given == ("x", dtype, torch.device(device), "ema") and pipe.how == said | {"wanted": StableDiffusion}
 
 
-def test_flags_are_alike_in_either_spelling_and_values_stay():
-    argv = ["--num-images", "4", "--a-b=c-d=e-f", "-x-y", "a-b", "--num_images=a_b", "--", "--", "--a-b=~/c-d", "~"]
-    expected = ["--num_images", "4", "--a_b=c-d=e-f", "-x-y", "a-b", "--num_images=a_b", "--", "--"]
-    assert command.normalise(argv) == [*expected, f"--a_b={Path.home()}/c-d", str(Path.home())]
-
-
-@pytest.mark.parametrize("cuda, mps, best", [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
-def test_the_best_device_is_taken_unless_one_is_named(monkeypatch, cuda, mps, best):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)  # not so where the driver is too old for this PyTorch
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    assert command.device() == torch.device(best)
-    assert command.device("cpu") == torch.device("cpu")
-    for name in ["cuda:2", "cuda:x", "cpu:x", "cpu:-1"] + ["cuda:0"] * (not cuda):
-        with pytest.raises(UserError, match=f"{name} is not there; {'cuda, cuda:0, cuda:1' if cuda else best}.* would do"):
-            command.device(name)
-    assert not cuda or command.device("cuda:1") == torch.device("cuda", 1)
-
-
-def test_the_package_lists_its_commands(capsys):
-    __main__.main()
-    listed = capsys.readouterr().out
-    modules = [path for path in Path(__main__.__file__).parent.glob("[!_]*.py") if "\ndef main(" in path.read_text()]
-    assert {path.stem for path in modules} == {*__main__.COMMANDS}
-    for path in modules:
-        line = path.read_text().splitlines()[0].strip('"')
-        assert f"python -m minibooth.{path.stem}" in listed and line in listed
-
-
 def test_what_of_a_prompt_is_not_read_is_said(sd1, tmp_path, capsys):
     words = ["--model", str(sd1), "--steps", "1", "--height", "64", "--width", "64", "--output_dir", str(tmp_path)]
     generate.main([*words, "--prompt", "dog " * 75 + "A cat", "dog " * 75])
     lines = [line for line in capsys.readouterr().out.splitlines() if "too long" in line]
     assert lines == ["a prompt is too long: 'A cat' is not read"]
-
-
-def test_nobody_to_read_the_list_is_no_error():
-    words = f"{sys.executable} -m minibooth | true; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", words], capture_output=True, cwd=Path(__file__).parents[1])
-    assert done.returncode in (0, 141) and done.stderr == b""
-
-
-def test_an_empty_name_is_no_model(tmp_path, monkeypatch):
-    """As where a script's variable is not set: it would be this folder."""
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="the model's name is empty"):
-        minibooth.load("")
-
-
-@pytest.mark.parametrize("word, remedy", [("train", "use python -m minibooth.train\n"), ("x", "one of train, generate")])
-def test_the_package_takes_no_words(word, remedy, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        __main__.main([word, "--rank", "4"])
-    said = capsys.readouterr()
-    assert not said.out and remedy in said.err and said.err.count("\n") == 1
