@@ -398,20 +398,6 @@ def test_strengths_fit_the_loras(sd1, tmp_path, mistake):
     assert "1 strengths for 0 LoRAs" in mistake(generate, *words[:4], "--lora_weight", "1")
 
 
-@pytest.mark.parametrize(
-    "word, said",
-    [
-        ("--rank=-1", "--rank -1"),
-        ("--lora_dropout=1", "--lora_dropout 1.0 is not between"),
-        ("--lora_targets=x", "lora_targets"),
-    ],
-)
-def test_a_wrong_flag_of_training_takes_one_line(word, said, tmp_path, capsys):
-    assert run([*flags(small(tmp_path)), word]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and said in lines[0]
-
-
 # ---- commands
 
 

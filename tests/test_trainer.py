@@ -788,8 +788,10 @@ def test_full_bf16_needs_no_autocast(full, tmp_path):
 
 def test_metrics_tell_the_parts_of_the_loss(tmp_path):
     changes = with_class(tmp_path) | {"prior_loss_weight": 0.25, "lr_scheduler": "linear", "lr_warmup_steps": 0}
-    lines = metrics(train(small(tmp_path, max_train_steps=4, **changes)))
-    assert all(line.keys() == {"step", "loss", "subject", "prior", "lr"} for line in lines)
+    output = train(small(tmp_path, max_train_steps=4, **changes))
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert all(line.keys() == {"step", "loss", "subject", "prior", "lr", "seconds"} for line in lines)
+    assert all(line["seconds"] > 0 for line in lines)
     assert [line["loss"] for line in lines] == pytest.approx([line["subject"] + 0.25 * line["prior"] for line in lines])
     assert all(line["prior"] > 0 for line in lines)
     assert [line["lr"] for line in lines] == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
