@@ -8,7 +8,6 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from comparing import differing, weights
 from PIL import Image
 from pretrain_clip import draw, family, triples
 from pretrain_x4 import shrunk
@@ -88,15 +87,6 @@ def test_training_lowers_the_loss_on_the_subject_and_what_was_saved_draws_the_sa
     kept = Image.open(tmp_path / "run" / "samples" / "step-30.png")
     difference = np.abs(np.asarray(kept, int) - np.asarray(saved, int))
     assert difference.mean() < 2  # files are in fp16
-
-
-def test_it_resumes_to_the_same_bits(tmp_path):
-    how = dict(lr_scheduler="constant")  # a falling rate depends on how long the run is to be
-    whole = train(settings(tmp_path / "whole", max_train_steps=6, **how))
-    train(settings(tmp_path / "part", max_train_steps=3, checkpointing_steps=3, **how))
-    (tmp_path / "part" / "model_index.json").unlink()
-    train(settings(tmp_path / "part", max_train_steps=6, resume_from_checkpoint="latest", **how))
-    assert not differing(weights(whole), weights(tmp_path / "part"))
 
 
 @pytest.mark.parametrize("rank", [0, 2])

@@ -132,7 +132,6 @@ def learnt(output: Path) -> dict[str, torch.Tensor]:
 def assert_same(one: Path, other: Path) -> None:
     """But for the order of sums: Adam's first steps make a little of nothing, where a gradient is nearly 0."""
     assert losses(other) == pytest.approx(losses(one), rel=1e-5)
-    print("losses differ by", max(abs(a / b - 1) for a, b in zip(losses(one), losses(other), strict=True)))
     expected, found = learnt(one), learnt(other)
     assert expected.keys() == found.keys()
     assert all(found[name].shape == x.shape and found[name].dtype == x.dtype for name, x in expected.items())
@@ -231,7 +230,7 @@ def test_ctrl_c_ends_all_with_one_checkpoint(tmp_path):
     assert len(metrics(file.parent)) == steps + 1
 
 
-def test_what_is_no_other_process_fault_keeps_its_traceback(tmp_path, monkeypatch):
+def test_what_is_no_other_processs_fault_keeps_its_traceback(tmp_path, monkeypatch):
     """And where one has ended before there was a checkpoint, that is said."""
     monkeypatch.setattr(parallel.signal, "signal", lambda number, handler: None)
     ranks = object.__new__(parallel.Replicas)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from comparing import differing, weights
 from PIL import Image
-from small_run import metrics, photographs, run, small, tiny, train, trainer, with_class
+from small_run import flags, metrics, photographs, run, small, tiny, train, trainer, with_class
 
 import minibooth
 from minibooth.diffusion.images import to_tensor
@@ -124,9 +124,8 @@ def test_grids_show_low_drawn_and_truth_before_and_after(settings, x4, tmp_path)
 
 def test_both_steps_in_one_command(x4, tmp_path, capsys):
     changes = dict(upscaler=str(x4), validation_prompt="a photo of sks dog | a dog", seed=None)
-    first = small(tmp_path, resolution=40, max_train_steps=2, **changes)
-    words = [f"--{name}={value}" for name, value in vars(first).items() if value not in (None, False, "", (0, 0))]
-    assert run(["--device=cpu", *words]) == 0
+    words = flags(small(tmp_path, resolution=40, max_train_steps=2, **changes))
+    assert run(words) == 0
     assert f"--upscaler {tmp_path / 'output' / 'upscaler'}" in capsys.readouterr().out
     for folder, kind, before in (
         (tmp_path / "output", diffusers.StableDiffusionPipeline, tiny()),
@@ -139,7 +138,7 @@ def test_both_steps_in_one_command(x4, tmp_path, capsys):
     assert len(seeds) == 1 and None not in seeds  # the command in run.json repeats both
     later = (folder / "run.json").read_text().replace(f'"seed": {seeds.pop()}', '"seed": 7')  # as earlier versions drew two
     (folder / "run.json").write_text(later)
-    assert run(["--device=cpu", *words, "--resume_from_checkpoint=latest"]) == 0
+    assert run([*words, "--resume_from_checkpoint=latest"]) == 0
     assert capsys.readouterr().out.count("nothing is left to do") == 2
 
 
@@ -159,8 +158,6 @@ def test_what_cannot_be_trained_is_refused(changes, says, settings):
 
 
 def test_an_upscaler_that_is_none_is_known_before_the_first_step(tmp_path, capsys):
-    settings = small(tmp_path, upscaler=str(tiny()))
-    words = [f"--{name}={value}" for name, value in vars(settings).items() if value not in (None, False, "", (0, 0))]
-    assert run(["--device=cpu", *words]) == 2
+    assert run(flags(small(tmp_path, upscaler=str(tiny())))) == 2
     assert "--stage super_resolution" in capsys.readouterr().err
     assert not (tmp_path / "output").exists()
