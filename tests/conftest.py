@@ -30,6 +30,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's backgro
     signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # more only wait for each other here, and a run's bits depend on their number
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 START, END = "<|startoftext|>", "<|endoftext|>"
 MERGES = ["d o", "do g</w>", "s k", "sk s</w>", "o f</w>", "p h", "ph o", "t o</w>", "pho to</w>", "c a", "ca t</w>"]
 

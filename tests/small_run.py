@@ -2,13 +2,16 @@
 
 import functools
 import json
+import os
+import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
 
-import numpy as np
 import torch
-from conftest import make_checkpoint
-from PIL import Image
+from comparing import noise
+from conftest import REPOSITORY, make_checkpoint
 
 from minibooth import command
 from minibooth import train as command_line
@@ -36,9 +39,8 @@ def photographs(folder: Path, count: int = 3, seed: int = 0) -> Path:
     """A folder of PNGs, neither square nor of the training's size; made only if it is not there."""
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
-        levels = np.random.default_rng(seed + i).integers(0, 256, (40, 48, 3), dtype=np.uint8)
         if not (folder / f"{i}.png").exists():
-            Image.fromarray(levels).save(folder / f"{i}.png")
+            noise(48, 40, seed + i).save(folder / f"{i}.png")
     return folder
 
 
@@ -88,6 +90,22 @@ def run(words: list[str]) -> int:
         command.run(command_line.main, ["train.py", *words])
     except SystemExit as end:
         return end.code
+
+
+def launch(*words: object) -> subprocess.Popen:
+    """python with these words as a process of its own, in one thread, whose output goes to pipes."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *map(str, words)], cwd=REPOSITORY, env=environment, **pipes)
+
+
+def wait_for_steps(process: subprocess.Popen, output: Path, count: int) -> None:
+    """Until `count` steps are in the metrics of a run that goes on."""
+    file, deadline = output / "metrics.jsonl", time.monotonic() + 300
+    while not (file.exists() and file.read_text().count("\n") >= count):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def metrics(folder: Path) -> list[dict]:

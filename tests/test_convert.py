@@ -2,15 +2,14 @@
 
 import json
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from comparing import differing, weights
 from safetensors.torch import load_file
 from single_files import change, file, folder
+from small_run import launch
 
 from minibooth import command, convert
 from minibooth.checkpoint import files
@@ -188,7 +187,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         stream.write(len(text).to_bytes(8, "little") + text + data[8 + length :])
         stream.truncate(8 + len(text) + end + 40 * size)
     words = [small, tmp_path / "a.safetensors", large, tmp_path / "b.safetensors"]
-    repository = Path(convert.__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", MEASURE, *words], capture_output=True, text=True, check=True, cwd=repository)
-    assert int(done.stdout.split()[-1]) < 100 * 1024  # KB
+    with launch("-c", MEASURE, *words) as process:
+        out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert int(out.split()[-1]) < 100 * 1024  # KB
     assert (tmp_path / "b.safetensors").stat().st_size > 40 * size

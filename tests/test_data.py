@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from comparing import noise
 from PIL import Image, ImageCms, ImageOps
 
 from minibooth.diffusion.images import to_tensor
@@ -16,11 +17,6 @@ def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
     file = io.BytesIO()
     image.save(file, format, **options)
     return file.getvalue()
-
-
-def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    levels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(levels)
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from comparing import differing
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from single_files import metadata
 from small_run import flags, metrics, run, small, tiny, train, trainer, with_class
@@ -423,8 +424,6 @@ def test_the_commands_take_several_with_strengths(sd1, tmp_path, capsys):
 
 
 def picture(path: Path) -> tuple[np.ndarray, dict]:
-    from PIL import Image
-
     with Image.open(path) as image:
         return np.asarray(image, np.int16), dict(image.text)
 

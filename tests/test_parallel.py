@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,14 +16,13 @@ import torch
 from comparing import weights
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
-from small_run import flags, metrics, run, small, train
+from small_run import flags, launch, metrics, run, small, train, wait_for_steps
 
 from minibooth.dreambooth import parallel, prior, stages
 from minibooth.dreambooth.settings import Settings
 from minibooth.dreambooth.trainer import Trainer
 from minibooth.errors import UserError
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 WAYS = ("ddp", "fsdp")
 CASES = {
     "accumulation": {"gradient_accumulation_steps": 2, "max_grad_norm": 1e-2, "snr_gamma": 5.0, "random_flip": True},
@@ -39,22 +37,15 @@ RUNS = [(way, name) for way in WAYS for name in CASES]
 FEW = (stages.VALIDATION, "steps", 2), (prior.DRAWING, "steps", 2)
 
 
-def torchrun(words: list[str]) -> list[str]:
-    """The command that starts two processes of it."""
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *words]
-
-
-def launch(words: list[str]) -> subprocess.Popen:
-    """Two processes of it, whose output goes to pipes."""
-    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": REPOSITORY}
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.Popen(torchrun(words), env=environment, **how)
+def torchrun(*words: object) -> subprocess.Popen:
+    """Two processes of it."""
+    return launch("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *words)
 
 
 def start(folder: Path, runs: list[Settings], dies: int | None = None) -> tuple[int, str, str]:
     """Runs of two processes, the second of which `dies` when it begins that step; returns status, stdout and stderr."""
     (folder / "runs.json").write_text(json.dumps([[flags(settings) for settings in runs], dies]))
-    with launch([__file__, str(folder)]) as process:
+    with torchrun(__file__, folder) as process:
         out, err = process.communicate(timeout=600)
     return process.returncode, out, err
 
@@ -213,21 +204,19 @@ def test_a_process_that_dies_ends_the_others_and_leaves_its_checkpoint(tmp_path)
 
 def test_ctrl_c_ends_all_with_one_checkpoint(tmp_path):
     settings = small(tmp_path, parallel="fsdp", max_train_steps=1000)
-    file, deadline = tmp_path / "output" / "metrics.jsonl", time.monotonic() + 300
-    with launch(["-m", "minibooth.train", *flags(settings)]) as process:
-        while not (file.exists() and file.read_text().count("\n") >= 2):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
+    output = tmp_path / "output"
+    with torchrun("-m", "minibooth.train", *flags(settings)) as process:
+        wait_for_steps(process, output, 2)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=120)
     assert process.returncode != 0
-    steps = len(metrics(file.parent))
-    (checkpoint,) = file.parent.glob("checkpoint-*")
+    steps = len(metrics(output))
+    (checkpoint,) = output.glob("checkpoint-*")
     assert checkpoint.name == f"checkpoint-{steps}"
     assert f"--resume_from_checkpoint latest (step {steps})" in err
     changes = dict(train_batch_size=4, max_train_steps=steps + 1, parallel=None)
     train(small(tmp_path, resume_from_checkpoint="latest", **changes))
-    assert len(metrics(file.parent)) == steps + 1
+    assert len(metrics(output)) == steps + 1
 
 
 def test_what_is_no_other_processs_fault_keeps_its_traceback(tmp_path, monkeypatch):

@@ -7,8 +7,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import types
 import weakref
 from collections.abc import Callable
@@ -18,7 +16,7 @@ import pytest
 import torch
 from comparing import difference, differing, normals, weights
 from safetensors.torch import load_file, save_file
-from small_run import flags, photographs, run, small, tiny
+from small_run import flags, launch, photographs, run, small, tiny
 
 import minibooth
 from minibooth import train
@@ -29,7 +27,6 @@ from minibooth.dreambooth.settings import Settings
 from minibooth.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("few_drawing_steps")
-REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 # ---- the flags
@@ -460,10 +457,11 @@ def test_what_is_less_than_the_least_is_refused(name, least):
 def test_a_mistake_ends_the_process_with_status_2(tmp_path):
     words, _, told = MISTAKES["no photographs"]
     given = flags(small(tmp_path)) + [word.format(tmp_path) for word in words]
-    done = subprocess.run([sys.executable, "-m", "minibooth.train", *given], cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert re.fullmatch("minibooth.train: error: .*\n", done.stderr)
-    assert told.format(tmp_path) in done.stderr
+    with launch("-m", "minibooth.train", *given) as process:
+        out, err = process.communicate()
+    assert process.returncode == 2 and out == ""
+    assert re.fullmatch("minibooth.train: error: .*\n", err)
+    assert told.format(tmp_path) in err
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_pictures_are_drawn(tmp_path, capsys):

@@ -10,8 +10,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import weakref
 from pathlib import Path
@@ -22,7 +20,7 @@ from comparing import differing, only, weights
 from conftest import content
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from small_run import flags, metrics, run, small, tiny, train, trainer, with_class
+from small_run import flags, launch, metrics, run, small, tiny, train, trainer, wait_for_steps, with_class
 
 import minibooth
 from minibooth.checkpoint import files
@@ -36,7 +34,6 @@ from minibooth.errors import UserError
 from minibooth.models.blocks import Block, ResnetBlock
 
 pytestmark = pytest.mark.usefixtures("few_drawing_steps")
-REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 # ---- stopped and resumed
@@ -349,23 +346,6 @@ def test_a_run_goes_on_in_the_kind_of_numbers_it_began_in(name, begun, tmp_path)
 # ---- stopped from outside, as a process
 
 
-def start(settings: Settings) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(
-        [sys.executable, "-m", "minibooth.train", *flags(settings)], cwd=REPOSITORY, env=environment, **pipes
-    )
-
-
-def wait_for_steps(process: subprocess.Popen, output: Path, count: int) -> None:
-    """Until `count` steps are in the metrics."""
-    file, deadline = output / "metrics.jsonl", time.monotonic() + 120
-    while not (file.exists() and file.read_text().count("\n") >= count):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 @pytest.fixture(scope="module")
 def never_stopped(tmp_path_factory) -> Settings:
     """A finished run of 40 steps."""
@@ -382,7 +362,7 @@ def test_a_run_stopped_at_any_moment_can_go_on(name, every, never_stopped, tmp_p
     output = Path(settings.output_dir)
     moment = random.randint(1, 10), random.uniform(0, 0.2)
     print("stopped after", moment)
-    with start(settings) as process:
+    with launch("-m", "minibooth.train", *flags(settings)) as process:
         wait_for_steps(process, output, moment[0])
         time.sleep(moment[1])
         process.send_signal(signal.Signals[name])
@@ -823,12 +803,18 @@ FLAGS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FLAGS)
-def test_how_loss_optimizer_and_rate_are_told_to_be_makes_a_difference(name, tmp_path):
-    schedulers = {"lr_power": "polynomial", "lr_num_cycles": "cosine_with_restarts"}
-    usual = {"lr_scheduler": schedulers.get(name, "constant"), "lr_warmup_steps": 0, "max_train_steps": 2}
-    plain = train(small(tmp_path, output_dir=str(tmp_path / "plain"), **usual))
-    assert differing(weights(train(small(tmp_path, **usual | {name: FLAGS[name]}))), weights(plain))
+def test_how_loss_optimizer_and_rate_are_told_to_be_makes_a_difference(tmp_path):
+    schedules = {"lr_power": "polynomial", "lr_num_cycles": "cosine_with_restarts"}
+    plain = {}
+
+    def left(name, schedule, **changes):
+        usual = {"lr_scheduler": schedule, "lr_warmup_steps": 0, "max_train_steps": 2, "output_dir": str(tmp_path / name)}
+        return weights(train(small(tmp_path, **usual | changes)))
+
+    for name, value in FLAGS.items():
+        schedule = schedules.get(name, "constant")
+        plain[schedule] = plain.get(schedule) or left(schedule, schedule)
+        assert differing(left(name, schedule, **{name: value}), plain[schedule]), name
 
 
 def test_warm_up_is_held_against_the_steps_that_epochs_make(tmp_path):
