@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -17,6 +18,14 @@ def normals(*shape, seed=0):
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
     """A picture of it."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def reference(folder: Path, **options):
+    """diffusers' pipeline of a folder, of the class that it names; it draws in silence."""
+    diffusers = pytest.importorskip("diffusers")
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True, **options)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def error(ours, theirs):

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from comparing import noise
 from conftest import REPOSITORY, make_checkpoint
+from safetensors.torch import load_file, save_file
 
 from minibooth import command
 from minibooth import train as command_line
@@ -52,6 +53,13 @@ def small(folder: Path, model: Path | None = None, **changes) -> Settings:
         max_train_steps=5, learning_rate=1e-3, seed=7, crops_per_image=2,
     )  # fmt: skip
     return Settings(**(usual | changes))
+
+
+def changed(folder: Path, network: str) -> Path:
+    """The folder, with other weights of a network in it."""
+    path = folder / network / "diffusion_pytorch_model.safetensors"
+    save_file({name: 1.1 * x for name, x in load_file(path).items()}, path)
+    return folder
 
 
 def with_class(folder: Path) -> dict:

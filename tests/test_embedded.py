@@ -4,10 +4,10 @@ import json
 import shlex
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import pytest
 import torch
+from comparing import reference
 from PIL import Image
 from pretrain_clip import draw, family, triples
 from pretrain_x4 import shrunk
@@ -58,8 +58,7 @@ def test_places_and_colours_of_the_prompt_show(pipe):
 
 
 def test_diffusers_opens_it_and_draws_the_same(pipe):
-    theirs = diffusers.StableDiffusionPipeline.from_pretrained(WEIGHTS / "tiny", local_files_only=True)
-    theirs.set_progress_bar_config(disable=True)
+    theirs = reference(WEIGHTS / "tiny")
     assert theirs.tokenizer.tokenize("a zwx robot") == ["a</w>", "zwx</w>", "robot</w>"]
     seeds = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
     prompts = ["a photo of a red robot on the beach", "a photo of a cup in a room"]
@@ -132,8 +131,7 @@ def test_the_upscaler_is_two_decibels_nearer_to_scenes_it_never_saw_than_bicubic
 
 
 def test_diffusers_opens_the_upscaler_and_draws_the_same():
-    theirs = diffusers.StableDiffusionUpscalePipeline.from_pretrained(WEIGHTS / "tiny-x4", local_files_only=True)
-    theirs.set_progress_bar_config(disable=True)
+    theirs = reference(WEIGHTS / "tiny-x4")
     low = Image.fromarray(Scene.random(np.random.default_rng(35)).draw(64))
     how = dict(num_inference_steps=4, guidance_scale=3.0, noise_level=10, generator=torch.Generator().manual_seed(6))
     expected = theirs("a photo of a robot", low, **how).images[0]

@@ -11,9 +11,9 @@ import torch
 from conftest import edit_json, write_json
 from encoders import CLIP_SEES, DINO_SEES, by_formula, random_lpips, small_clip, small_dino
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from single_files import folder as checkpoint_of
-from small_run import photographs, small, tiny, train
+from small_run import changed, photographs, small, tiny, train
 
 import minibooth
 from minibooth import drawing, evaluate
@@ -209,15 +209,8 @@ def test_no_picture_depends_on_how_many_are_drawn_at_a_time(kit, whole, tmp_path
             assert np.abs(np.asarray(Image.open(one), int) - np.asarray(Image.open(other), int)).max() <= 1
 
 
-def other_weights(copy_of) -> Path:
-    folder = copy_of(tiny())
-    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
-    save_file({name: 1.1 * x for name, x in load_file(path).items()}, path)
-    return folder
-
-
 CHANGES = {  # what changes, and how many pictures are drawn then
-    "model": (lambda copy_of: ["--model", other_weights(copy_of)], 9),
+    "model": (lambda copy_of: ["--model", changed(copy_of(tiny()), "vae")], 9),
     "identifier": (lambda copy_of: ["--identifier", "cat"], 6),
     "noun": (lambda copy_of: ["--class_noun", "cat"], 9),
     "steps": (lambda copy_of: ["--steps", "2"], 9),

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from comparing import difference, error, gradients, normals, worst_error
+from comparing import difference, error, gradients, normals, reference, worst_error
 from PIL import Image
 
 import minibooth
@@ -134,9 +134,9 @@ def test_unet(folder, report):
 def test_unet_gradients(folder, report):
     """One network at a time, and of the first one its gradients alone stay."""
     told, target = inputs(folder), normals(1, 4, 24, 32, seed=2)
-    reference = theirs(folder, "unet")
-    expected = gradients(reference, reference(*told).sample, target)
-    del reference
+    unet = theirs(folder, "unet")
+    expected = gradients(unet, unet(*told).sample, target)
+    del unet
     gc.collect()
     unet = ours(folder, "unet")
     found, worst = worst_error(gradients(unet, unet(*told), target), expected)
@@ -145,7 +145,6 @@ def test_unet_gradients(folder, report):
 
 
 def test_generate(folder, report):
-    diffusers = pytest.importorskip("diffusers")
     prompts, negatives = ["a photo of sks dog"], ["blurry"]
     ours = theirs = dict(height=256, width=256)
     if folder.name == "x4-full":
@@ -155,9 +154,8 @@ def test_generate(folder, report):
     options = dict(steps=3, guidance_scale=7.5, sampler=SAMPLERS[folder.name], seed=1)
     drawn = pipe.generate(prompts, negative_prompts=negatives, **ours, **options)
     del pipe
-    reference = diffusers.DiffusionPipeline.from_pretrained(folder)
     options = dict(num_inference_steps=3, guidance_scale=7.5, generator=torch.Generator().manual_seed(1))
-    expected = reference(prompts, negative_prompt=negatives, **theirs, **options).images
+    expected = reference(folder)(prompts, negative_prompt=negatives, **theirs, **options).images
     found = difference(drawn, expected)
     report("generate at 256 px, levels of 255:", f"{found}")
     assert found <= 2

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import single_files
 import torch
-from comparing import differing, weights
+from comparing import differing, reference, weights
 from conftest import edit_json, refusal, write_json
 from PIL import Image
 from safetensors.torch import load_file
@@ -43,10 +43,6 @@ def ids(pipe, prompt="a dog"):
     return pipe.tokenizer([prompt])[0].tolist()
 
 
-def reference(kind):
-    return getattr(pytest.importorskip("diffusers"), PIPELINES.get(kind, "StableDiffusionPipeline"))
-
-
 def draw(pipe):
     """The picture of seed 1, 64 pixels wide."""
     what = dict(images=PICTURE) if hasattr(pipe, "low_res_scheduler") else dict(height=64, width=64)
@@ -58,8 +54,8 @@ def draw(pipe):
 
 @kinds
 def test_diffusers_reads_our_file_as_it_reads_the_folder(kind):
-    theirs = reference(kind).from_single_file(str(file(kind)), config=str(folder(kind)), local_files_only=True)
-    expected = reference(kind).from_pretrained(folder(kind))
+    expected = reference(folder(kind))
+    theirs = type(expected).from_single_file(str(file(kind)), config=str(folder(kind)), local_files_only=True)
     for part in Source.open(folder(kind)).weights:
         assert not differing(getattr(theirs, part).state_dict(), getattr(expected, part).state_dict())
 
@@ -343,7 +339,7 @@ def test_a_file_becomes_a_folder_that_diffusers_opens(kind, tmp_path):
     pipe = minibooth.load(file(kind))
     pipe.save(tmp_path / "folder")
     assert not differing(weights(tmp_path / "folder"), weights(folder(kind)))
-    theirs = reference(kind).from_pretrained(tmp_path / "folder")
+    theirs = reference(tmp_path / "folder")
     what = dict(image=PICTURE) if kind == "x4" else dict(height=64, width=64)
     options = dict(output_type="np", num_inference_steps=2, guidance_scale=7.5, generator=torch.Generator().manual_seed(1))
     expected = theirs("a dog", **options, **what).images[0] * 255

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from comparing import differing
+from comparing import differing, reference
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from single_files import metadata
@@ -171,12 +171,11 @@ def test_both_files_draw_the_same_picture_live_and_saved(base, tmp_path):
 
 @pytest.mark.parametrize("targets", lora.TARGETS)
 def test_diffusers_draws_our_pictures_with_both_files(base, targets, tmp_path):
-    diffusers = pytest.importorskip("diffusers")
     pytest.importorskip("peft")
     for path in lora_of(base, tmp_path, targets, alphas=(3.0,)):  # it misreads kohya's where they differ (0.42)
         ours = minibooth.load(base)
         ours.load_lora(path)
-        theirs = diffusers.DiffusionPipeline.from_pretrained(base, safety_checker=None)
+        theirs = reference(base)
         plain = their_pixels(theirs)
         theirs.load_lora_weights(path.parent, weight_name=path.name)
         drawn = their_pixels(theirs)
@@ -188,7 +187,6 @@ def their_pixels(pipeline) -> np.ndarray:
     from diffusers import DDIMScheduler
 
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-    pipeline.set_progress_bar_config(disable=True)
     options = dict(num_inference_steps=4, generator=torch.Generator().manual_seed(3), height=64, width=64, guidance_scale=7.5)
     return np.stack([np.asarray(image, np.int16) for image in pipeline([PROMPT], **options).images])
 
@@ -197,8 +195,8 @@ def their_pixels(pipeline) -> np.ndarray:
 @pytest.mark.parametrize("alpha, rslora", [(4, False), (6, False), (6, True)])
 def test_what_diffusers_saved_draws_its_pictures(base, said, alpha, rslora, tmp_path):
     """With peft's alpha, in a pattern too, if the file says it; otherwise alpha is the rank, as diffusers takes it."""
-    diffusers, peft = pytest.importorskip("diffusers"), pytest.importorskip("peft")
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(base, safety_checker=None)
+    peft = pytest.importorskip("peft")
+    pipeline = reference(base)
     texts = [name for name in ("text_encoder", "text_encoder_2") if hasattr(pipeline, name)]
     layers, configs = {}, {}
     for name in ["unet", *texts]:
@@ -219,7 +217,7 @@ def test_what_diffusers_saved_draws_its_pictures(base, said, alpha, rslora, tmp_
     options |= {f"{name}_lora_adapter_metadata": config for name, config in configs.items() if said}
     type(pipeline).save_lora_weights(tmp_path, **options)
 
-    theirs = diffusers.DiffusionPipeline.from_pretrained(base, safety_checker=None)
+    theirs = reference(base)
     theirs.load_lora_weights(tmp_path)
     ours = minibooth.load(base)
     plain = pixels(ours)

@@ -5,7 +5,7 @@ import inspect
 
 import pytest
 import torch
-from comparing import error, gradients, normals, worst_error
+from comparing import error, gradients, normals, reference, worst_error
 from conftest import SD2, TEXT_ENCODER, UNET, VAE_CONFIG, randomise
 
 import minibooth
@@ -27,8 +27,7 @@ def ours(checkpoint):
 
 @pytest.fixture(scope="module")
 def theirs(checkpoint):
-    diffusers = pytest.importorskip("diffusers")
-    return diffusers.StableDiffusionPipeline.from_pretrained(checkpoint)
+    return reference(checkpoint)
 
 
 @pytest.fixture

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from small_run import photographs, small, tiny, train
+from small_run import changed, photographs, small, tiny, train
 
 import minibooth
 from minibooth.checkpoint.source import Source
@@ -148,16 +147,9 @@ def test_no_picture_depends_on_how_many_are_drawn_at_a_time(size, preserving, tm
     assert same_pictures(draw(preserving(sample_batch_size=size, class_data_dir=str(tmp_path / "other"))), four)
 
 
-def other_weights(copy_of) -> Path:
-    folder = copy_of(tiny())
-    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    save_file({name: 1.1 * x for name, x in load_file(path).items()}, path)
-    return folder
-
-
 CHANGES = {
     "prompt": lambda copy_of: {"class_prompt": "a photo of cat"},
-    "weights": lambda copy_of: {"model": other_weights(copy_of)},
+    "weights": lambda copy_of: {"model": changed(copy_of(tiny()), "unet")},
     "resolution": lambda copy_of: {"resolution": 32},
 }
 

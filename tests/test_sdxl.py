@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from comparing import difference, differing, error, gradients, normals, pixels, weights, worst_error
+from comparing import difference, differing, error, gradients, normals, pixels, reference, weights, worst_error
 from conftest import edit_json, write_json
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -30,10 +30,7 @@ def ours(sdxl):
 
 @pytest.fixture(scope="module")
 def theirs(sdxl):
-    diffusers = pytest.importorskip("diffusers")
-    pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(sdxl, add_watermarker=False)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return reference(sdxl, add_watermarker=False)
 
 
 @pytest.fixture
@@ -51,8 +48,8 @@ def test_prompts_are_encoded_as_diffusers_does(ours, theirs):
     expected = theirs.encode_prompt(PROMPTS, negative_prompt=NEGATIVES, device="cpu")
     context, pooled, _ = ours.encode_prompts(PROMPTS)
     negative_context, negative_pooled, _ = ours.unconditional(NEGATIVES)
-    for mine, reference in zip((context, negative_context, pooled, negative_pooled), expected, strict=True):
-        assert error(mine, reference) <= 1e-5
+    for mine, wanted in zip((context, negative_context, pooled, negative_pooled), expected, strict=True):
+        assert error(mine, wanted) <= 1e-5
 
 
 @torch.no_grad()

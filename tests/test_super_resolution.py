@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from comparing import difference, error, gradients, normals, pixels, worst_error
+from comparing import difference, error, gradients, normals, pixels, reference, worst_error
 from conftest import edit_json
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -38,10 +38,7 @@ def ours(x4):
 
 @pytest.fixture(scope="module")
 def theirs(x4):
-    diffusers = pytest.importorskip("diffusers")
-    pipeline = diffusers.StableDiffusionUpscalePipeline.from_pretrained(x4)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return reference(x4)
 
 
 # ---- the reference's numbers
@@ -50,17 +47,17 @@ def theirs(x4):
 @torch.no_grad()
 def test_prompts_are_encoded_as_diffusers_does(ours, theirs):
     expected = theirs.encode_prompt(PROMPTS, "cpu", 1, True, negative_prompt=NEGATIVES)
-    for mine, reference in zip((PROMPTS, NEGATIVES), expected, strict=True):
-        assert error(ours.encode_prompts(mine), reference) <= 1e-5
+    for mine, wanted in zip((PROMPTS, NEGATIVES), expected, strict=True):
+        assert error(ours.encode_prompts(mine), wanted) <= 1e-5
 
 
 @pytest.mark.parametrize("height, width", [(8, 8), (12, 20), (7, 13)])
 def test_unet_and_its_gradients_are_those_of_diffusers(ours, theirs, height, width):
     x, t, level = normals(2, 7, height, width), torch.tensor([999, 17]), torch.tensor([20, 349])
     context, target = normals(2, 77, 32, seed=1), normals(2, 4, height, width, seed=2)
-    mine, reference = ours.unet(x, t, context, level), theirs.unet(x, t, context, class_labels=level).sample
-    assert error(mine, reference) <= 1e-5
-    worst = worst_error(gradients(ours.unet, mine, target), gradients(theirs.unet, reference, target))
+    mine, output = ours.unet(x, t, context, level), theirs.unet(x, t, context, class_labels=level).sample
+    assert error(mine, output) <= 1e-5
+    worst = worst_error(gradients(ours.unet, mine, target), gradients(theirs.unet, output, target))
     assert worst[0] <= 1e-4, worst
 
 

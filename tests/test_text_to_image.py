@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from comparing import difference, normals, pixels
+from comparing import difference, normals, pixels, reference
 from conftest import edit_json, write_json
 
 import minibooth
@@ -42,10 +42,7 @@ def pipe(sd1):
 
 @pytest.fixture(scope="module")
 def theirs(checkpoint):
-    diffusers = pytest.importorskip("diffusers")
-    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(checkpoint)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return reference(checkpoint)
 
 
 def as_diffusers(theirs, sampler, prompts, negatives, height, width, steps, guidance_scale, **start):
@@ -78,7 +75,6 @@ def test_a_seed_means_what_it_means_in_diffusers(ours, theirs):
 @pytest.mark.parametrize("sampler", ["ddim", "pndm"])
 @pytest.mark.parametrize("said", [{}, {"clip_sample": True, "steps_offset": 0}], ids=["nothing", "what is wrong"])
 def test_what_the_first_schedules_got_wrong_is_mended_as_diffusers_does(sd1, copy_of, sampler, said):
-    diffusers = pytest.importorskip("diffusers")
     folder = copy_of(sd1)
     path, name = folder / "scheduler" / "scheduler_config.json", SAMPLERS[sampler][0]
     kept = {key: x for key, x in json.loads(path.read_text()).items() if key not in ("clip_sample", "steps_offset")}
@@ -86,8 +82,7 @@ def test_what_the_first_schedules_got_wrong_is_mended_as_diffusers_does(sd1, cop
     edit_json(folder / "model_index.json", scheduler=["diffusers", name])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # that they are mended
-        theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder)
-    theirs.set_progress_bar_config(disable=True)
+        theirs = reference(folder)
     latents = normals(1, 4, 8, 8)
     drawn = minibooth.load(folder).generate("a cat", steps=4, sampler=sampler, latents=latents)
     assert difference(drawn, theirs("a cat", num_inference_steps=4, latents=latents.clone()).images) <= 2

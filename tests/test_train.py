@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from comparing import difference, differing, normals, weights
+from comparing import difference, differing, normals, reference, weights
 from safetensors.torch import load_file, save_file
 from small_run import flags, launch, photographs, run, small, tiny
 
@@ -285,14 +285,12 @@ def test_photographs_without_a_model_are_a_mistake(tmp_path, capsys):
 @pytest.mark.parametrize("model, sampler", [("sd1", "pndm"), ("sd2", "ddim"), ("sdxl", "euler")])
 def test_diffusers_opens_the_result_and_draws_our_pictures(model, sampler, request, tmp_path):
     """By the sampler that the folder names."""
-    diffusers = pytest.importorskip("diffusers")
     before = request.getfixturevalue(model)
     assert run(flags(small(tmp_path, before, max_train_steps=2, train_text_encoder=True))) == 0
     moved = {name.split("/")[0] for name in differing(weights(tmp_path / "output"), weights(before))}
     assert moved == {path.name for path in before.glob("*") if path.name.startswith(("unet", "text_encoder"))}
-    theirs = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "output")
-    theirs.set_progress_bar_config(disable=True)
     noise, how = normals(1, 4, 8, 8), dict(height=64, width=64, guidance_scale=5.0)
+    theirs = reference(tmp_path / "output")
     expected = theirs("a photo of sks dog", num_inference_steps=4, latents=noise.clone(), **how).images
     ours = minibooth.load(tmp_path / "output").generate("a photo of sks dog", steps=4, sampler=sampler, latents=noise, **how)
     assert difference(ours, expected) <= 2
