@@ -169,10 +169,9 @@ def test_both_files_draw_the_same_picture_live_and_saved(base, tmp_path):
     assert all(np.abs(way - ways[0]).max() <= 1 for way in ways)
 
 
-@pytest.mark.parametrize("targets", lora.TARGETS)
-def test_diffusers_draws_our_pictures_with_both_files(base, targets, tmp_path):
+def test_diffusers_draws_our_pictures_with_both_files(base, tmp_path):
     pytest.importorskip("peft")
-    for path in lora_of(base, tmp_path, targets, alphas=(3.0,)):  # it misreads kohya's where they differ (0.42)
+    for path in lora_of(base, tmp_path, alphas=(3.0,)):  # it misreads kohya's where they differ (0.42)
         ours = minibooth.load(base)
         ours.load_lora(path)
         theirs = reference(base)
@@ -191,9 +190,8 @@ def their_pixels(pipeline) -> np.ndarray:
     return np.stack([np.asarray(image, np.int16) for image in pipeline([PROMPT], **options).images])
 
 
-@pytest.mark.parametrize("said", [True, False], ids=["metadata", "no metadata"])
-@pytest.mark.parametrize("alpha, rslora", [(4, False), (6, False), (6, True)])
-def test_what_diffusers_saved_draws_its_pictures(base, said, alpha, rslora, tmp_path):
+@pytest.mark.parametrize("rslora, said", [(False, True), (True, True), (True, False)], ids=["alpha", "rslora", "no metadata"])
+def test_what_diffusers_saved_draws_its_pictures(base, rslora, said, tmp_path):
     """With peft's alpha, in a pattern too, if the file says it; otherwise alpha is the rank, as diffusers takes it."""
     peft = pytest.importorskip("peft")
     pipeline = reference(base)
@@ -203,7 +201,7 @@ def test_what_diffusers_saved_draws_its_pictures(base, said, alpha, rslora, tmp_
         targets = ["to_q", "to_k", "to_v", "to_out.0"] if name == "unet" else ["q_proj", "k_proj", "v_proj", "out_proj"]
         pattern = {targets[0]: 2, r"attn1.to_out.0": 5}
         config = peft.LoraConfig(
-            r=4, target_modules=targets, lora_alpha=alpha, alpha_pattern=pattern, use_rslora=rslora, init_lora_weights=False
+            r=4, target_modules=targets, lora_alpha=6, alpha_pattern=pattern, use_rslora=rslora, init_lora_weights=False
         )
         network = getattr(pipeline, name)
         network.add_adapter(config)
