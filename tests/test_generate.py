@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from comparing import noise
 from PIL import Image
 from small_run import photographs
 
@@ -162,10 +163,10 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_read(mod
 
 def test_without_the_embedded_model_its_place_is_named(tmp_path, monkeypatch, mistake):
     monkeypatch.setattr(drawing, "WEIGHTS", tmp_path / "weights")
-    (tmp_path / "a.png").touch()
+    noise(8, 8).save(tmp_path / "a.png")
     for module, words, model in ((generate, ["--prompt", "a"], "tiny"), (upscale, ["--images", tmp_path / "a.png"], "tiny-x4")):
         line = mistake(module, *words, "--output_dir", tmp_path)
-        assert f"{tmp_path / 'weights' / model} " in line and "--model" in line
+        assert f"the embedded model is not in {tmp_path / 'weights' / model}; name another with --model" in line
 
 
 # ---- the model and the prompt
