@@ -2,6 +2,8 @@
 
 `sd1`, `sd2`, `sdxl` and `x4` are folders in the diffusers layout, shared by the whole session: read them, and change only
 what `copy_of(folder)` gives. `checkpoint` is either of the first two in turn.
+
+Besides, what many files need: fewer steps of drawing, a hub on loopback, a command's mistake in its one line.
 """
 
 import json
