@@ -485,7 +485,7 @@ def test_what_a_run_left_beside_the_pipeline_is_not_written_with_it(sd1, copy_of
     folder = copy_of(sd1)
     for name in ("checkpoint-4/state.json", "upscaler/run.json", "class/drawn-0/manifest.json"):
         write_json(folder / name, {})
-    edit(folder / "model_index.json", upscaler=["a", "B"])  # a name there is no reason to take what is called so
+    edit_json(folder / "model_index.json", upscaler=["a", "B"])  # a name there is no reason to take what is called so
     (folder / "tokenizer" / "folder.json").mkdir()
     minibooth.load(folder).save(tmp_path / "saved")
     assert content(tmp_path / "saved").keys() == content(sd1).keys()

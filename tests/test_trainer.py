@@ -6,10 +6,10 @@ import fcntl
 import functools
 import gc
 import json
-import os
 import random
 import shutil
 import signal
+import sys
 import time
 import weakref
 from pathlib import Path
