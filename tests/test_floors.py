@@ -4,6 +4,8 @@ import ast
 import tokenize
 from pathlib import Path
 
+import pytest
+
 import minibooth
 
 PACKAGE = Path(minibooth.__file__).parent
