@@ -9,7 +9,6 @@ import functools
 import itertools
 import json
 import math
-import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -230,7 +229,7 @@ def open_file(path: Path, ema: bool = False) -> tuple[files.View, dict[str, str]
     tensors = files.Tensors([path])
     bare = re.compile(r"\.transformer\.(?=(embeddings|encoder|final_layer_norm)\.)")  # as some merges write them
     names = {bare.sub(".transformer.text_model.", name): name for name in tensors}
-    if not any(name.startswith(f"{UNET}label_emb.") for name in names):  # no XL, but an SD 1 or 2 as XL's program names it
+    if not count(names, f"{UNET}label_emb."):  # no XL, but an SD 1 or 2 as XL's program names it
         names = {re.sub(r"^conditioner\.embedders\.0\.", "cond_stage_model.", name): own for name, own in names.items()}
     if twice := {name for name in tensors if not name.endswith("position_ids")} - {*names.values()}:
         raise UserError(f"{path} has {min(twice)} under a second name, too: remove the wrong one")
@@ -239,21 +238,13 @@ def open_file(path: Path, ema: bool = False) -> tuple[files.View, dict[str, str]
         if missing := [name for name in averages.values() if name not in tensors]:
             raise UserError(f"{path} has no EMA weights ({missing[0]} and {len(missing) - 1} more are missing); omit --ema")
         names = {name: averages.get(name, own) for name, own in names.items() if not name.startswith("model_ema.")}
-
-    def recipe(name: str, there: str) -> tuple[str, files.Recipe]:
-        if name.endswith(LINEAR):
-            return name.removesuffix(".weight"), lambda tensors: TRANSPOSED.read(tensors[there])
-        return name, operator.itemgetter(there)
-
-    return files.View(tensors, dict(itertools.starmap(recipe, names.items()))), tensors.metadata
+    found = {name: Place(own) for name, own in names.items() if not name.endswith(LINEAR)}
+    found |= {name.removesuffix(".weight"): Place(names[name], TRANSPOSED) for name in names if name.endswith(LINEAR)}
+    return read(found, tensors), tensors.metadata
 
 
 def recognise(path: Path, file: Mapping[str, Tensor]) -> str:
     """The pipeline whose file this is. Raises UserError that says what it is, for any other."""
-
-    def has(prefix: str) -> bool:
-        return any(name.startswith(prefix) for name in file)
-
     stem = file.get(f"{UNET}input_blocks.0.0.weight")
     if any(LORA.search(name) for name in file):
         found = "a LoRA, to be used with its base model"
@@ -264,12 +255,13 @@ def recognise(path: Path, file: Mapping[str, Tensor]) -> str:
         found = OTHERS[stem.shape[1]]
     elif others := [model for key, model in ALIKE.items() if key in file]:
         found = others[0]
-    elif has("conditioner.embedders.0.model.") and not has("conditioner.embedders.1."):
+    elif count(file, "conditioner.embedders.0.model.") and not count(file, "conditioner.embedders.1."):
         found = "the refiner of Stable Diffusion XL"
     else:
-        told = "Upscale" if has(f"{UNET}label_emb.weight") else "XL" if has(f"{UNET}label_emb.") else ""
+        told = "Upscale" if f"{UNET}label_emb.weight" in file else "XL" if count(file, f"{UNET}label_emb.") else ""
         pipeline = f"StableDiffusion{told}Pipeline"
-        lacking = [f"{component} ({prefix}...)" for component, prefix in FAMILIES[pipeline].prefixes.items() if not has(prefix)]
+        prefixes = FAMILIES[pipeline].prefixes
+        lacking = [f"{component} ({prefix}...)" for component, prefix in prefixes.items() if not count(file, prefix)]
         if not lacking:
             return pipeline
         raise UserError(f"{path} lacks its {' and '.join(lacking)}; a whole checkpoint is needed")
@@ -281,8 +273,7 @@ def predicts(file: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str | N
     said = metadata.get("modelspec.prediction_type") or metadata.get("modelspec.predict_key") or ""
     if "v_pred" in file or said.startswith("v") or (said != "epsilon" and f"{UNET}label_emb.weight" in file):  # x4
         return "v_prediction"
-    sd2 = any(name.startswith("cond_stage_model.model.") for name in file)
-    return None if sd2 and said != "epsilon" else "epsilon"
+    return None if count(file, "cond_stage_model.model.") and said != "epsilon" else "epsilon"  # SD 2's text encoder
 
 
 def marks(schedule: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -308,8 +299,7 @@ def describe(path: Path, file: Mapping[str, Tensor], prediction_type: str, own: 
             start = family.prefixes[component]
             return {name[len(start) :]: tuple(x.shape) for name, x in file.items() if name.startswith(start)}
 
-        texts = [name for name in family.prefixes if name.startswith("text")]
-        configs = {name: text_config(shapes(name), pipeline) for name in texts}
+        configs = {name: text_config(shapes(name), pipeline) for name in family.prefixes if name.startswith("text")}
         unet, vae = unet_config(shapes("unet")), vae_config(shapes("vae"))
     if "addition_embed_type" in unet:
         pooled = configs["text_encoder_2"]["projection_dim"]
@@ -321,23 +311,22 @@ def describe(path: Path, file: Mapping[str, Tensor], prediction_type: str, own: 
     unet["sample_size"] = size = 96 if large else family.sample_size
     vae |= dict(scaling_factor=family.scaling_factor, sample_size=size * 2 ** (len(vae["block_out_channels"]) - 1))
 
-    schedulers = {"scheduler": dict(family.scheduler)}
+    parts = {SCHEDULE: dict(family.scheduler)}
     if "ztsnr" in file:
-        schedulers["scheduler"] |= dict(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+        parts[SCHEDULE] |= dict(rescale_betas_zero_snr=True, timestep_spacing="trailing")
     if family.low_res_scheduler:
-        schedulers["low_res_scheduler"] = family.low_res_scheduler
+        parts["low_res_scheduler/scheduler_config.json"] = family.low_res_scheduler
+    parts |= {f"{name}/config.json": config for name, config in (configs | {"unet": unet, "vae": vae}).items()}
+    for name, config in configs.items():
+        folder = name.replace("text_encoder", "tokenizer")
+        parts[f"{folder}/tokenizer_config.json"] = TOKENIZER | {"pad_token": PADDING[config["hidden_act"]]}
     index = {"_class_name": pipeline, **family.model_index}
-    written: dict[str, Mapping[str, Any]] = {INDEX: index}
-    for name, config in schedulers.items():
-        written[f"{name}/scheduler_config.json"] = config
-        index[name] = ["diffusers", config["_class_name"]]
-    for name, config in (configs | {"unet": unet, "vae": vae}).items():
-        written[f"{name}/config.json"] = config
-        index[name] = ["diffusers", config["_class_name"]] if name not in texts else ["transformers", *config["architectures"]]
-    for name in texts:
-        tokenizer = name.replace("text_encoder", "tokenizer")
-        written[f"{tokenizer}/tokenizer_config.json"] = TOKENIZER | {"pad_token": PADDING[configs[name]["hidden_act"]]}
-        index[tokenizer] = ["transformers", "CLIPTokenizer"]
+    for name, config in parts.items():
+        theirs = config.get("architectures", ["CLIPTokenizer"])
+        index[name.split("/")[0]] = (
+            ["diffusers", config["_class_name"]] if "_class_name" in config else ["transformers", *theirs]
+        )
+    written: dict[str, Mapping[str, Any]] = {INDEX: index, **parts}
     written |= {name: files.parse_json(text.encode(), f"{path}/{name}") for name, text in own.items() if name in written}
     written[SCHEDULE] = {**written[SCHEDULE], "prediction_type": prediction_type}
     written[INDEX] = {**written[INDEX], "_class_name": pipeline}
