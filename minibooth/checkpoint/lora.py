@@ -65,12 +65,11 @@ def read(path: str | Path, source: Source, weight: float = 1.0) -> Adapters:
         config = files.parse_json(tensors.metadata.get("lora_adapter_metadata", "{}").encode(), path)
         found: dict[tuple[str, str], dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
-            match = KEY.fullmatch(key)
-            name = (match["layer"] or match["of"]) if match else ""
+            if not (match := KEY.fullmatch(key)):
+                raise UserError(f"{path}: {key} is no part of a LoRA as it is known here (lora_A or down, lora_B or up, alpha)")
+            name = match["layer"] or match["of"]
             for old, new in RENAMES:
                 name = old.sub(new, name)
-            if not match:
-                raise UserError(f"{path}: {key} is no part of a LoRA as it is known here (lora_A or down, lora_B or up, alpha)")
             if name not in known:
                 raise UserError(f"{path} is a LoRA for another base, or has unknown names: no layer here has {key}")
             part, layer, (outputs, *inputs) = known[name]

@@ -40,7 +40,7 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
-        widths, last = config.block_out_channels, len(config.block_out_channels) - 1
+        widths, last, depth = config.block_out_channels, len(config.block_out_channels) - 1, config.layers_per_block
         crosses = config.per_level(config.only_cross_attention)
         time_width = 4 * widths[0]
 
@@ -60,23 +60,19 @@ class UNet(nn.Module):
         self.down_blocks = nn.ModuleList()
         skips = [widths[0]]  # channels of the states that the way up will read
         for level, (width, kind) in enumerate(zip(widths, config.down_block_types, strict=True)):
-            depth = config.layers_per_block
             resnets = [resnet(c_in, width) for c_in in [skips[-1]] + [width] * (depth - 1)]
             attentions = transformers(depth * ATTENDS[kind], level, crosses[level])
             self.down_blocks.append(Block(resnets, attentions, Downsample(width) if level < last else None))
             skips += [width] * (depth + (level < last))
 
-        width = widths[-1]
-        attentions = transformers(1, last, cross=False)
-        self.mid_block = Block([resnet(width, width), resnet(width, width)], attentions)
+        self.mid_block = Block([resnet(width, width), resnet(width, width)], transformers(1, last, cross=False))
 
         self.up_blocks = nn.ModuleList()
         for level, kind in zip(range(last, -1, -1), config.up_block_types, strict=True):
-            depth = config.layers_per_block + 1
-            inputs = [width] + [widths[level]] * (depth - 1)
+            inputs = [width] + [widths[level]] * depth
             width = widths[level]
             resnets = [resnet(c_in + skips.pop(), width) for c_in in inputs]
-            attentions = transformers(depth * ATTENDS[kind], level, crosses[level])
+            attentions = transformers((depth + 1) * ATTENDS[kind], level, crosses[level])
             self.up_blocks.append(Block(resnets, attentions, upsampler=Upsample(width) if level else None))
 
         self.conv_norm_out = NormSiLU(config.norm_num_groups, width, config.norm_eps)

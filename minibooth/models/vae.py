@@ -4,6 +4,8 @@ Shapes: B batch, H x W picture, Z latent channels, h x w = H/f x W/f latent, f =
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,17 +36,14 @@ class Encoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths, groups = config.block_out_channels, config.norm_num_groups
-        width, last = widths[0], len(widths) - 1
-        self.conv_in = nn.Conv2d(config.in_channels, width, 3, padding=1)
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
-        for level, c_out in enumerate(widths):
-            inputs = [width] + [c_out] * (config.layers_per_block - 1)
-            resnets = [ResnetBlock(c_in, c_out, groups, EPS) for c_in in inputs]
-            self.down_blocks.append(Block(resnets, (), Downsample(c_out, one_sided=True) if level < last else None))
-            width = c_out
-        self.mid_block = middle(width, groups)
-        self.conv_norm_out = NormSiLU(groups, width, EPS)
-        self.conv_out = nn.Conv2d(width, 2 * config.latent_channels, 3, padding=1)
+        for level, (c_in, c_out) in enumerate(pairwise([widths[0], *widths])):
+            down = Downsample(c_out, one_sided=True) if level < len(widths) - 1 else None
+            self.down_blocks.append(block(config.layers_per_block, c_in, c_out, groups, downsampler=down))
+        self.mid_block = middle(widths[-1], groups)
+        self.conv_norm_out = NormSiLU(groups, widths[-1], EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -59,17 +58,14 @@ class Decoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
-        width, last = widths[0], len(widths) - 1
-        self.conv_in = nn.Conv2d(config.latent_channels, width, 3, padding=1)
-        self.mid_block = middle(width, groups)
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = middle(widths[0], groups)
         self.up_blocks = nn.ModuleList()
-        for level, c_out in enumerate(widths):
-            inputs = [width] + [c_out] * config.layers_per_block
-            resnets = [ResnetBlock(c_in, c_out, groups, EPS) for c_in in inputs]
-            self.up_blocks.append(Block(resnets, upsampler=Upsample(c_out) if level < last else None))
-            width = c_out
-        self.conv_norm_out = NormSiLU(groups, width, EPS)
-        self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
+        for level, (c_in, c_out) in enumerate(pairwise([widths[0], *widths])):
+            up = Upsample(c_out) if level < len(widths) - 1 else None
+            self.up_blocks.append(block(config.layers_per_block + 1, c_in, c_out, groups, upsampler=up))
+        self.conv_norm_out = NormSiLU(groups, widths[-1], EPS)
+        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.conv_in(z)
@@ -78,9 +74,14 @@ class Decoder(nn.Module):
         return self.conv_out(self.conv_norm_out(x))
 
 
+def block(resnets: int, c_in: int, c_out: int, groups: int, **more: Any) -> Block:
+    """So many resnets, of which the first brings c_in channels to c_out, and what a `Block` has besides."""
+    return Block([ResnetBlock(c, c_out, groups, EPS) for c in [c_in] + [c_out] * (resnets - 1)], **more)
+
+
 def middle(width: int, groups: int) -> Block:
     """The lowest resolution: attention between two resnets."""
-    return Block([ResnetBlock(width, width, groups, EPS) for _ in range(2)], [SpatialAttention(width, groups)])
+    return block(2, width, width, groups, attentions=[SpatialAttention(width, groups)])
 
 
 class VAE(nn.Module):
