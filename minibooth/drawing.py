@@ -22,9 +22,7 @@ from minibooth.dreambooth.journal import numbered
 from minibooth.errors import UserError
 
 # The samplers as AUTOMATIC1111's web interface calls them (but ddpm), which reads a picture's settings from its "parameters".
-A1111 = {
-    "ddpm": "DDPM", "ddim": "DDIM", "pndm": "PLMS", "euler": "Euler", "euler_a": "Euler a", "dpmpp_2m": "DPM++ 2M",
-}  # fmt: skip
+A1111 = {"ddpm": "DDPM", "ddim": "DDIM", "pndm": "PLMS", "euler": "Euler", "euler_a": "Euler a", "dpmpp_2m": "DPM++ 2M"}
 # Flags that a picture depends on, noted where they were given.
 NOTED = "negative_prompt", "steps", "sampler", "guidance_scale", "model", "dtype", *command.SOURCE
 

@@ -10,6 +10,7 @@ Shapes: h x w, the picture's size and the latent's; 4h x 4w, the result's. Neith
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from PIL import Image
@@ -48,7 +49,7 @@ def tiled(function: Callable[[Tensor], Tensor], x: Tensor, tile: int, factor: in
     Memory is that of a tile and of the result, float32; one tile gives the function's numbers unchanged.
     """
     rows, columns = (spans(side, tile, factor) for side in x.shape[2:])
-    whole = None
+    whole: Any = None  # until the first part says how many channels
     for top, down in rows:
         for left, right in columns:
             part = function(x[:, :, top : top + tile, left : left + tile])
@@ -56,7 +57,6 @@ def tiled(function: Callable[[Tensor], Tensor], x: Tensor, tile: int, factor: in
                 whole = part.new_zeros(*part.shape[:2], *(factor * side for side in x.shape[2:]), dtype=torch.float32)
             place = whole[:, :, factor * top :, factor * left :][:, :, : len(down), : len(right)]
             place += part * (down[:, None] * right).to(part.device)
-    assert whole is not None
     return whole
 
 

@@ -66,9 +66,8 @@ class Trainer:
         self.start: int = self.state["step"]
         if self.ranks.broadcast(self.start) != self.start:
             raise UserError(f"--output_dir {settings.output_dir} is not the same folder for all processes: take a shared one")
-        self.seed = self.ranks.broadcast(
-            self.state.get("seed", secrets.randbits(31)) if settings.seed is None else settings.seed
-        )
+        seed = self.state.get("seed", secrets.randbits(31)) if settings.seed is None else settings.seed
+        self.seed = self.ranks.broadcast(seed)
         self.settings = s = self.journal.settings = dataclasses.replace(settings, seed=self.seed)
 
         pictures, self.skipped = find_pictures(Path(s.instance_data_dir))

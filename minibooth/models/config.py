@@ -106,14 +106,12 @@ class VAEConfig(Config):
 
     CLASSES = ("AutoencoderKL",)
     NEUTRAL = dict(act_fn="silu", mid_block_add_attention=True, use_quant_conv=True, use_post_quant_conv=True)
+    IGNORED = "sample_size", "down_block_types", "up_block_types"
 
     in_channels: int = 3
     out_channels: int = 3
-    sample_size: int | tuple[int, int] = 32
     latent_channels: int = 4
     block_out_channels: tuple[int, ...] = (64,)
-    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
-    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
     layers_per_block: int = 1
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215
