@@ -322,10 +322,8 @@ def describe(path: Path, file: Mapping[str, Tensor], prediction_type: str, own: 
         parts[f"{folder}/tokenizer_config.json"] = TOKENIZER | {"pad_token": PADDING[config["hidden_act"]]}
     index = {"_class_name": pipeline, **family.model_index}
     for name, config in parts.items():
-        theirs = config.get("architectures", ["CLIPTokenizer"])
-        index[name.split("/")[0]] = (
-            ["diffusers", config["_class_name"]] if "_class_name" in config else ["transformers", *theirs]
-        )
+        theirs = ["transformers", *config.get("architectures", ["CLIPTokenizer"])]
+        index[name.split("/")[0]] = ["diffusers", config["_class_name"]] if "_class_name" in config else theirs
     written: dict[str, Mapping[str, Any]] = {INDEX: index, **parts}
     written |= {name: files.parse_json(text.encode(), f"{path}/{name}") for name, text in own.items() if name in written}
     written[SCHEDULE] = {**written[SCHEDULE], "prediction_type": prediction_type}

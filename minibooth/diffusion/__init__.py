@@ -11,11 +11,8 @@ from minibooth.diffusion.super_resolution import StableDiffusionUpscale
 from minibooth.diffusion.text_to_image import StableDiffusion, StableDiffusionXL
 from minibooth.errors import UserError
 
-PIPELINES: dict[str, type[Pipeline]] = {
-    "StableDiffusionPipeline": StableDiffusion,
-    "StableDiffusionXLPipeline": StableDiffusionXL,
-    "StableDiffusionUpscalePipeline": StableDiffusionUpscale,
-}
+# By the class that a folder names.
+PIPELINES = {f"{each.__name__}Pipeline": each for each in (StableDiffusion, StableDiffusionXL, StableDiffusionUpscale)}
 
 
 def load(

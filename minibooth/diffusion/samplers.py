@@ -177,9 +177,8 @@ SAMPLERS: dict[str, Callable[..., States]] = {
 }  # fmt: skip
 
 # What a schedule's file means that does not say it: as in diffusers, some samplers spread their steps from end to end.
-USUAL: dict[str, dict[str, Any]] = dict.fromkeys(SAMPLERS, {"timestep_spacing": "leading"})
+USUAL: dict[str, dict[str, Any]] = dict.fromkeys(SAMPLERS, {"timestep_spacing": "leading", "set_alpha_to_one": True})
 USUAL |= dict.fromkeys(("euler", "euler_a", "dpmpp_2m"), {"timestep_spacing": "linspace"})
-USUAL["ddim"] = {"timestep_spacing": "leading", "set_alpha_to_one": True}
 USUAL["pndm"] = {"timestep_spacing": "leading", "set_alpha_to_one": False}
 
 

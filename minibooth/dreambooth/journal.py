@@ -133,8 +133,7 @@ class Journal:
 
     def to_resume(self) -> Path | None:
         """The checkpoint that --resume_from_checkpoint means; None where "latest" finds none, or nothing was asked."""
-        asked = self.settings.resume_from_checkpoint
-        if not asked:
+        if not (asked := self.settings.resume_from_checkpoint):
             return None
         if asked == "latest":
             return max(self.checkpoints(), default=(0, None))[1]

@@ -89,17 +89,6 @@ class GEGLU(nn.Module):
         return ops.geglu(self.proj(x))
 
 
-class FeedForward(nn.Module):
-    """GEGLU at four times the width, and back."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
 class TransformerBlock(nn.Module):
     """Self-attention, attention to the prompt, feed-forward; each normalised before and added.
 
@@ -114,12 +103,12 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.attn2 = Attention(width, heads, context_width, upcast=upcast)
         self.norm3 = nn.LayerNorm(width)
-        self.ff = FeedForward(width)
+        self.ff = nn.ModuleDict({"net": nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))})
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         x = x + self.attn1(self.norm1(x), context if self.cross else None)
         x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        return x + self.ff["net"](self.norm3(x))
 
 
 class Transformer(nn.Module):
