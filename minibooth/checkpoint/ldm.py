@@ -34,7 +34,7 @@ class Family(NamedTuple):
     scheduler: dict[str, Any]
     model_index: dict[str, Any]
     unet: dict[str, Any] = {}
-    low_res_scheduler: dict[str, Any] = {}
+    more: dict[str, dict[str, Any]] = {}  # further small files, by path
 
 
 COMMON = {"unet": UNET, "vae": "first_stage_model."}
@@ -57,7 +57,7 @@ FAMILIES = {
         dict(_class_name="DDIMScheduler", **X4_BETAS, **STEPS),
         dict(max_noise_level=350),
         dict(attention_head_dim=8, only_cross_attention=[True, True, True, False], upcast_attention=False),
-        dict(_class_name="DDPMScheduler", **X4_BETAS),
+        {"low_res_scheduler/scheduler_config.json": dict(_class_name="DDPMScheduler", **X4_BETAS)},
     ),
 }  # fmt: skip
 TOKENIZER = dict(
@@ -311,11 +311,9 @@ def describe(path: Path, file: Mapping[str, Tensor], prediction_type: str, own: 
     unet["sample_size"] = size = 96 if large else family.sample_size
     vae |= dict(scaling_factor=family.scaling_factor, sample_size=size * 2 ** (len(vae["block_out_channels"]) - 1))
 
-    parts = {SCHEDULE: dict(family.scheduler)}
+    parts = {SCHEDULE: dict(family.scheduler), **family.more}
     if "ztsnr" in file:
         parts[SCHEDULE] |= dict(rescale_betas_zero_snr=True, timestep_spacing="trailing")
-    if family.low_res_scheduler:
-        parts["low_res_scheduler/scheduler_config.json"] = family.low_res_scheduler
     parts |= {f"{name}/config.json": config for name, config in (configs | {"unet": unet, "vae": vae}).items()}
     for name, config in configs.items():
         folder = name.replace("text_encoder", "tokenizer")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minibooth.checkpoint import lora as lora_files
+from minibooth.checkpoint.ldm import OTHERS
 from minibooth.checkpoint.source import SCHEDULE, Source
 from minibooth.diffusion.noise import Generators
 from minibooth.diffusion.samplers import Predict, calls, trajectory
@@ -49,10 +50,8 @@ class Pipeline:
             setattr(self, name, source.build(name, self.precision(name, dtype), device))
         self.factor = self.vae.factor  # picture pixels per latent pixel; known even when the VAE is gone
         self.channels = self.vae.config.latent_channels
-        channels = self.unet.config.in_channels
-        if channels != self.channels + self.extra_channels:
-            kind = "an inpainting model" if channels == 9 else f"not {self.kind}"
-            raise UserError(f"{source.name} is {kind}: its UNet takes {channels} channels")
+        if (channels := self.unet.config.in_channels) != self.channels + self.extra_channels:
+            raise UserError(f"{source.name} is {OTHERS.get(channels, f'not {self.kind}')}: its UNet takes {channels} channels")
         self.texts = [name for name in source.weights if name.startswith("text_encoder")]
         wide, known = self.unet.config.cross_attention_dim, [getattr(self, name).config.hidden_size for name in self.texts]
         if sum(known) != wide:
