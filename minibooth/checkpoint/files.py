@@ -122,9 +122,8 @@ def distinct(names: Iterable[tuple[str, str]]) -> dict[str, str]:
     """(name here, name there) as `renamed` takes them. Raises UserError where two have the same name here."""
     found: dict[str, str] = {}
     for name, there in names:
-        if name in found:
+        if found.setdefault(name, there) != there:
             raise UserError(f"{name} is there twice, also as {there}: remove the wrong one")
-        found[name] = there
     return found
 
 

@@ -86,8 +86,7 @@ class Encoder:
         with blaming(source):
             self.preprocess = preprocessor(files.read_json(folder / "preprocessor_config.json"))
             weights = from_vit(weights) if found == "vit" else weights
-            blank = on_meta(lambda: ENCODERS[found](config))
-            self.network = fill(blank, weights, f"{source}: model", torch.float32, device)
+            self.network = fill(on_meta(lambda: ENCODERS[found](config)), weights, f"{source}: model", torch.float32, device)
             if found == "clip":
                 small = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".json", ".txt")}
                 self.tokenizer = Tokenizer.from_files(small)

@@ -67,12 +67,13 @@ class Ranks:
         """The first rank's value."""
         return value
 
-    def wait(self) -> None:
-        """Until every rank is here."""
-
     def any(self, flag: object) -> bool:
         """Whether it is true of any rank."""
         return self.mean({"any": float(bool(flag))})["any"] > 0
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        self.any(False)
 
     def gather(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors that may be sharded, put together for the first rank; all others take part, and get them on meta."""
@@ -105,9 +106,6 @@ class Replicas(Ranks):
         told = torch.tensor(value, device=self.device)
         dist.broadcast(told, 0)
         return int(told)
-
-    def wait(self) -> None:
-        dist.barrier()
 
     @contextlib.contextmanager
     def guard(self, folder: str) -> Iterator[None]:

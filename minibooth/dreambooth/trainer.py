@@ -382,19 +382,17 @@ class Trainer:
 def interrupts() -> Iterator[list[int]]:
     """Collects Ctrl-C and SIGTERM, so that a step is finished before one acts on them; a second one is not waited for."""
     caught: list[int] = []
-    previous = {n: handler for n in (signal.SIGINT, signal.SIGTERM) if (handler := signal.getsignal(n)) != signal.SIG_IGN}
 
     def handle(number: int, frame: object) -> None:
         caught.append(number)
         signal.signal(number, signal.default_int_handler)
 
-    for number in previous:
-        signal.signal(number, handle)
-    try:
+    with contextlib.ExitStack() as undo:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if (previous := signal.getsignal(number)) != signal.SIG_IGN:
+                undo.callback(signal.signal, number, previous)
+                signal.signal(number, handle)
         yield caught
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def interruption(words: str, caught: Sequence[int]) -> KeyboardInterrupt:

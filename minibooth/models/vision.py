@@ -80,9 +80,8 @@ class PatchEmbeddings(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         patches = self.patch_embedding(pixels)
-        places = self.places(*patches.shape[2:])
-        patches = rearrange(patches, "b d h w -> b (h w) d")
-        return torch.cat([self.class_embedding.expand(len(patches), 1, -1), patches], dim=1) + places
+        tokens = [self.class_embedding.expand(len(patches), 1, -1), rearrange(patches, "b d h w -> b (h w) d")]
+        return torch.cat(tokens, dim=1) + self.places(*patches.shape[2:])
 
     def places(self, rows: int, columns: int) -> Tensor:
         """Position vectors [1 + N, D]; of a picture of another size than trained on, those of its patches interpolated."""
