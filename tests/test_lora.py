@@ -1,6 +1,7 @@
 """LoRA: a sum of weights, live or merged; files that diffusers and kohya's programs share; runs that repeat themselves."""
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -342,10 +343,11 @@ SPOILED = {
     "no dimension": (rewritten(lambda tensors: tensors | {UP: torch.ones(())}), "is [], but"),
     "another rank": (rewritten(lambda tensors: tensors | {UP: torch.ones(16, 9)}), "no common rank"),
     "many alphas": (rewritten(lambda tensors: tensors | {UP.replace("lora_up.weight", "alpha"): torch.ones(2)}), "is [2], but"),
+    "no number": (rewritten(lambda x: x | {UP.replace("lora_up.weight", "alpha"): torch.tensor(math.nan)}), "is nan"),
     "rank 0": (rewritten(lambda tensors: {k: cut(k, x) for k, x in tensors.items()}), "no common rank"),
     "whole numbers": (rewritten(lambda tensors: {k: x.to(torch.int32) for k, x in tensors.items()}), "RuntimeError"),
     "metadata": (saying("{"), "JSONDecodeError"),
-    "a pattern that is none": (saying('{"unet.alpha_pattern": 3}'), "'int' object has no attribute 'items'"),
+    "a pattern that is none": (saying('{"unet.alpha_pattern": 3}'), "TypeError"),
     "a pattern for ever": (saying('{"unet.alpha_pattern": {"([a-z_0-9.]+)+!": 1}}'), "more than names of layers"),
     "alpha in words": (saying('{"unet.lora_alpha": "x", "text_encoder.lora_alpha": "x"}'), "could not convert string to float"),
     "no alpha": (saying('{"unet.lora_alpha": null, "text_encoder.lora_alpha": null}'), "TypeError: float()"),

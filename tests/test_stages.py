@@ -33,6 +33,14 @@ def test_the_checkpoint_says_which_step_it_is(settings, tmp_path):
         trainer(small(tmp_path, stage="super_resolution"))
 
 
+def test_a_resolution_that_fits_neither_model_nor_photographs_is_noted(settings, tmp_path):
+    """The small model is for 64 pixels, its photographs have 48 x 40."""
+    for resolution, words in ((40, []), (64, ["smaller than --resolution 64"]), (32, ["is far from the 64 px"])):
+        found = [*trainer(small(tmp_path, resolution=resolution)).stage.warnings()]
+        assert len(found) == len(words) and all(said in line for said, line in zip(words, found, strict=True))
+    assert not [*trainer(settings(resolution=16)).stage.warnings()]
+
+
 @pytest.mark.parametrize("flip, filter", [(False, "lanczos"), (True, "nearest")])
 def test_a_pair_is_a_crop_at_full_detail_and_the_same_shrunk(flip, filter, settings):
     job = trainer(settings(random_flip=flip, image_interpolation_mode=filter, crops_per_image=20))

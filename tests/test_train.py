@@ -115,7 +115,7 @@ def test_flags_are_read_in_either_spelling(spelled, joined):
 
 def test_a_flag_without_effect_prints_one_note(tmp_path, capsys):
     words = [f"--{name}" if word is None else f"--{name}={word}" for name, word in SILENT.items()]
-    assert run([*flags(small(tmp_path, max_train_steps=1)), *words, "--rank=1"]) == 0
+    assert run([*flags(small(tmp_path, max_train_steps=1, resolution=40)), *words, "--rank=1"]) == 0
     notes = [line.split() for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["note"]]
     assert sorted(said for _, said, *_ in notes) == sorted(f"--{name}:" for name in SILENT)
 

@@ -313,7 +313,7 @@ def test_later_checkpoints_are_never_touched(tmp_path):
     assert checkpoints(output) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
 
 
-STATES = ["{}", "[]", '{"step": null}', '{"step": "2"}', '{"step": -1}', '{"step": 1.5}']
+STATES = ['{"step": 1, "seed": "7"}', "{}", "[]", '{"step": null}', '{"step": "2"}', '{"step": -1}', '{"step": 1.5}']
 
 
 @pytest.mark.parametrize("state", STATES)

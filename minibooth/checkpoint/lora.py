@@ -10,6 +10,7 @@ rank, as kohya's own reader (networks/lora.py, create_network_from_weights), dif
 
 import collections
 import itertools
+import math
 import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -91,6 +92,8 @@ def read(path: str | Path, source: Source, weight: float = 1.0) -> Adapters:
             if "down" not in x or "up" not in x or not x["up"].shape[1] == len(x["down"]) > 0:
                 raise UserError(f"{path}: {part}.{layer} lacks its down or up, or they have no common rank; download it again")
             alpha = x["alpha"].item() if "alpha" in x else said(config, part, layer, len(x["down"]))
+            if not math.isfinite(alpha):
+                raise UserError(f"{path}: the alpha of {part}.{layer} is {alpha}; download it again")
             adapters.setdefault(part, {})[layer] = Adapter(x["down"], x["up"], alpha, weight)
     return adapters
 

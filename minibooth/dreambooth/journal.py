@@ -151,8 +151,8 @@ class Journal:
             if (begun := state.get(name, own)) != own:
                 there = f"with --{name}" + f" {begun}" * (begun is not True) if begun else f"without --{name}"
                 raise UserError(f"{path} was trained {there}: go on as it began, or take another --output_dir")
-        if type(step := state.get("step")) is not int or step < 0:
-            raise UserError(f"{path}/state.json does not say at which step it was written; go on from another")
+        if type(step := state.get("step")) is not int or step < 0 or type(state.get("seed", 0)) is not int:
+            raise UserError(f"{path}/state.json does not say at which step, or by which seed; go on from another")
         if later := [other for number, other in self.checkpoints() if number > step]:
             raise UserError(f"{later[0]} is of later steps than {path}: move it away, or go on from there")
         return path, state

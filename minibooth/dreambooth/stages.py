@@ -6,7 +6,7 @@ the same pictures (supplement, "Personalized Instance-Specific Super-Resolution"
 Shapes: B batch, H x W = resolution x resolution, h x w latent size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,14 @@ class TextToImage:
 
     def check(self, pictures: Sequence[Path], drawn: int = 0) -> None:
         """Raises UserError for a picture that is of no use, or where `drawn` of them cannot be drawn by the model."""
+
+    def warnings(self) -> Iterator[str]:
+        """What speaks against the resolution, a line each."""
+        side, own = self.settings.resolution, max(self.pipe.latent_size(None, None)) * self.pipe.factor
+        if 2 * side <= own:
+            yield f"--resolution {side} is far from the {own} px that the model is for, and may come out well at neither"
+        if small := [path.name for path in self.pictures if min(open_picture(path).size) < side]:
+            yield f"{', '.join(small)}: smaller than --resolution {side}, and so enlarged"
 
     def load_crop(self, path: Path, place: torch.Generator) -> tuple[Tensor, Tensor]:
         """One crop of a picture, [3, H, W] in [-1, 1], and what is to be known of it, [1, ...]."""
@@ -88,6 +96,9 @@ class SuperResolution(TextToImage):
             if min(size := open_picture(path).size) < side:
                 sizes = f"{size[0]} x {size[1]} pixels, and pairs of low and high resolution need {side} x {side}"
                 raise UserError(f"{path} has {sizes}: take a larger picture or a smaller --resolution")
+
+    def warnings(self) -> Iterator[str]:
+        yield from ()  # `check` has refused what is too small
 
     def load_crop(self, path: Path, place: torch.Generator) -> tuple[Tensor, Tensor]:
         """One crop [3, H, W] at full detail, and the same a quarter as large [1, 3, h, w], in [-1, 1]."""

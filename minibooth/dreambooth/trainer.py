@@ -373,9 +373,10 @@ class Trainer:
             rows.append(("", f"{len(self.prior.missing)} of them are drawn first, to {self.prior.folder}"))
         if self.skipped:
             rows.append(("skipped", ", ".join(path.name for path in self.skipped)))
-        notes = *s.notes(), *prompt_warnings(self.pipe.tokenizer, s.instance_prompt, s.class_prompt)
+        notes = [*s.notes(), *self.stage.warnings(), *prompt_warnings(self.pipe.tokenizer, s.instance_prompt, s.class_prompt)]
         prompts = s.instance_prompt, s.class_prompt, *(s.validation_prompt or "").split("|")
-        return rows + [("note", note) for note in (*notes, *self.pipe.tokenizer.truncation_warnings(prompts))]
+        notes += self.pipe.tokenizer.truncation_warnings(prompts)
+        return rows + [("note", note) for note in notes]
 
 
 @contextlib.contextmanager
