@@ -82,8 +82,8 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> NoReturn:
     except KeyboardInterrupt as interrupt:
         status, word = (143, "terminated") if isinstance(interrupt, Terminated) else (130, "interrupted")
         words = ": ".join([word, *interrupt.args])
-    visible = (word if word.isprintable() else ascii(word)[1:-1] for word in words.split())  # a stranger's file is quoted
-    print(f"minibooth.{Path(argv[0]).stem}:", *visible, file=sys.stderr)
+    visible = (c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(words.split()))  # it may quote a stranger's file
+    print(f"minibooth.{Path(argv[0]).stem}: {''.join(visible)}", file=sys.stderr)
     sys.exit(status)
 
 

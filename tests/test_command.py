@@ -147,11 +147,11 @@ def test_an_error_cannot_write_over_the_terminal(capsys):
     """What it names may be a stranger's."""
 
     def mistaken(argv):
-        raise UserError("unet has unexpected A\x1b[2J\u202ex\x07, 犬")
+        raise UserError("unet has unexpected ü\x1b[2J\u202ex\x07, 犬")
 
     with pytest.raises(SystemExit, match="2"):
         command.run(mistaken, ["x.py"])
-    assert capsys.readouterr().err == "minibooth.x: error: unet has unexpected A\\x1b[2J\\u202ex\\x07, 犬\n"
+    assert capsys.readouterr().err == "minibooth.x: error: unet has unexpected ü\\x1b[2J\\u202ex\\x07, 犬\n"
 
 
 def test_a_signal_that_is_ignored_stays_ignored():

@@ -71,7 +71,7 @@ def test_a_module_says_what_it_is():
 
 
 def test_every_folder_is_a_floor():
-    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name[0] not in "._"}
     assert folders == set(FLOORS[1:-1])
 
 
@@ -98,7 +98,7 @@ def test_all_of_it_is_installed():
     options = setupcfg.read_configuration(PACKAGE.parent / "setup.cfg")["options"]
     named = {package.replace(".", "/"): [] for package in options["packages"]}
     named |= {package.replace(".", "/"): patterns for package, patterns in options["package_data"].items()}
-    for path in PACKAGE.rglob("*.*"):
-        if path.suffix != ".pyc":
+    for path in PACKAGE.glob("**/[!.]*.*"):
+        if path.suffix != ".pyc" and path.is_file():
             patterns = ["*.py", *named[path.parent.relative_to(PACKAGE.parent).as_posix()]]
             assert any(path.match(pattern) for pattern in patterns), path

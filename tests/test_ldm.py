@@ -1,5 +1,6 @@
 """A single file is read as the folder of the same model is, and comes back with every bit that was not trained."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -11,11 +12,12 @@ import torch
 from comparing import differing, reference, weights
 from conftest import edit_json, refusal, write_json
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from single_files import change, file, folder, metadata, states
 from small_run import small, train
 
 import minibooth
+from minibooth import convert
 from minibooth.checkpoint.ldm import OURS
 from minibooth.checkpoint.source import SCHEDULE, Source
 from minibooth.command import WEIGHTS
@@ -463,6 +465,26 @@ def test_averages_and_hashes_of_other_weights_are_not_written_with_those_that_tr
     written, before = load_file(trained), load_file(path)
     assert before.keys() - written.keys() == {name for name in before if name.startswith("model_ema.")} != set()
     assert said.keys() & metadata(trained).keys() == {"modelspec.author"}
+
+    lora = train(dataclasses.replace(settings, rank=2, output_format="folder", output_dir=str(tmp_path / "lora")))
+    (pipe := minibooth.load(path, tokenizer=folder("sd1"))).load_lora(lora)
+    pipe.save(tmp_path / "loaded.safetensors")
+    for name, more in (("merged.safetensors", ["--lora", str(lora)]), ("copy.safetensors", [])):
+        convert.main([str(path), str(tmp_path / name), "--tokenizer", str(folder("sd1")), *more])
+    for name, kept in (("loaded", {"modelspec.author"}), ("merged", {"modelspec.author"}), ("copy", said.keys())):
+        there = tmp_path / f"{name}.safetensors"
+        assert said.keys() & metadata(there).keys() == kept
+        assert any(name.startswith("model_ema.") for name in load_file(there)) == (len(kept) > 1)
+
+
+def test_nothing_is_merged_into_weights_in_8_bits(tmp_path, mistake, capsys):
+    """They would hardly take it up."""
+    lora = train(small(tmp_path, file("sd1"), rank=2, max_train_steps=1, tokenizer=str(folder("sd1"))))
+    coarse = {name: x.to(torch.float8_e4m3fn) for name, x in load_file(file("sd1")).items()}
+    save_file(coarse, tmp_path / "coarse.safetensors")
+    words = [tmp_path / "coarse.safetensors", tmp_path / "merged", "--lora", lora, "--tokenizer", folder("sd1")]
+    capsys.readouterr()  # of the training
+    assert "unet is in 8 bits, too coarse to change: first convert it to --dtype fp16" in mistake(convert, *words)
 
 
 def test_the_24th_layer_of_sd_2_is_kept_but_not_used(tmp_path):

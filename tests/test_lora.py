@@ -348,7 +348,7 @@ SPOILED = {
     "whole numbers": (rewritten(lambda tensors: {k: x.to(torch.int32) for k, x in tensors.items()}), "RuntimeError"),
     "metadata": (saying("{"), "JSONDecodeError"),
     "a pattern that is none": (saying('{"unet.alpha_pattern": 3}'), "TypeError"),
-    "a pattern for ever": (saying('{"unet.alpha_pattern": {"([a-z_0-9.]+)+!": 1}}'), "more than names of layers"),
+    "a pattern for ever": (saying('{"unet.alpha_pattern": {"([a-z_0-9.]+)+!": 1}}'), "might be looked for without end"),
     "alpha in words": (saying('{"unet.lora_alpha": "x", "text_encoder.lora_alpha": "x"}'), "could not convert string to float"),
     "no alpha": (saying('{"unet.lora_alpha": null, "text_encoder.lora_alpha": null}'), "TypeError: float()"),
 }  # fmt: skip

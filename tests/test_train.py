@@ -389,9 +389,7 @@ MISTAKES = {
     "an odd resolution": (["--resolution=60"], None, "--resolution 60 is not divisible by 8"),
     "a negative resolution": (["--resolution=-64"], None, "--resolution -64"),
     "another run": ([], already("run.json"), "already holds run.json: choose another --output_dir, or go on with"),
-    **{
-        f"{it} there": ([], already(it), f"output already holds {Path(it).name}: choose another --output_dir\n") for it in TAKEN
-    },
+    **{f"{it} there": ([], already(it), f"output already holds {it}: choose another --output_dir\n") for it in TAKEN},
     "no output folder": (["--output_dir="], None, "--output_dir is missing"),
     "a rate that is no number": (["--learning_rate=nan"], None, "--learning_rate nan is out of bounds"),
     "a rate beyond fp32": (["--learning_rate=1e300"], None, "--learning_rate 1e+300 is out of bounds"),

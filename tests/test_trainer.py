@@ -208,12 +208,14 @@ def test_a_checkpoint_from_elsewhere_replaces_no_result(tmp_path):
 
 def test_a_run_that_came_in_between_is_not_written_over(tmp_path):
     """While this one was still loading its model."""
-    late = trainer(small(tmp_path))
-    output = train(small(tmp_path, seed=8))
-    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match="already holds run.json"), late.journal.locked():
-        late.train()
-    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+    for asked, said in ((None, "already holds run.json"), ("latest", "another run has been in")):
+        output = tmp_path / str(asked)
+        late, first = (small(tmp_path, seed=seed, output_dir=str(output), checkpointing_steps=1) for seed in (7, 8))
+        late = trainer(dataclasses.replace(late, resume_from_checkpoint=asked))
+        before = content(train(first))
+        with pytest.raises(UserError, match=said), late.journal.locked():
+            late.train()
+        assert content(output) == before
 
 
 def test_a_finished_run_that_left_no_checkpoint_says_how_to_train_it_further(tmp_path, capsys):
@@ -254,16 +256,16 @@ def test_a_finished_run_without_a_checkpoint_is_not_done_again(tmp_path, capsys)
         assert "already holds run.json: choose another --output_dir" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("form", ["folder", "single"])
-def test_a_run_that_died_between_its_result_and_its_last_word_can_go_on(form, tmp_path, capsys):
+@pytest.mark.parametrize("form, seed", [("folder", 7), ("single", 7), ("folder", None)])
+def test_a_run_that_died_between_its_result_and_its_last_word_can_go_on(form, seed, tmp_path, capsys):
     """With the same settings; with others, that result would be lost."""
-    words = [*flags(small(tmp_path, output_format=form)), "--resume_from_checkpoint=latest"]
+    words = [*flags(small(tmp_path, output_format=form, seed=seed)), "--resume_from_checkpoint=latest"]
     assert run(words) == 0
     whole, path = weights(tmp_path / "output") if form == "folder" else None, tmp_path / "output" / "run.json"
     path.write_text(path.read_text().replace('"finished": true', '"finished": false'))
     assert run([*words, "--learning_rate=0.5"]) == 2
     assert run(words) == 0
-    assert json.loads(path.read_text())["finished"] and not (whole and differing(weights(tmp_path / "output"), whole))
+    assert json.loads(path.read_text())["finished"] and not (whole and seed and differing(weights(tmp_path / "output"), whole))
 
 
 def test_a_run_goes_on_from_its_checkpoint_whatever_became_of_run_json(tmp_path):
@@ -442,14 +444,17 @@ def test_checkpoints_are_ordered_by_number(tmp_path):
     assert checkpoints(output) == ["checkpoint-10", "checkpoint-11"]
 
 
-@pytest.mark.parametrize("place", ["output", "output/samples", "output/class/drawn-1a"])
-def test_what_a_killed_run_left_half_written_is_cleared_away(place, tmp_path):
-    """And nothing of the user's."""
-    for name in (f"{files.HALF}x1y2z3_w", ".unet.original"):
-        (tmp_path / place / name / "new").mkdir(parents=True)
-        (tmp_path / place / name / "new" / "optimizer.safetensors").write_bytes(b"half")
+@pytest.mark.parametrize(
+    "name", ["checkpoint-2", "output", "output.safetensors", "run.json", "samples/step-2.png", "class/drawn-1a/00001.png"]
+)
+def test_what_a_killed_run_left_half_written_is_cleared_away(name, tmp_path):
+    """And nothing of the user's, or of another command that is writing there."""
+    place, others = tmp_path / "output" / name, [".unet.original", f"{files.HALF}other.safetensors.x1y2z3_w"]
+    for half in (place.with_name(f"{files.HALF}{place.name}.x1y2z3_w"), *(tmp_path / "output" / other for other in others)):
+        (half / "new").mkdir(parents=True)
+        (half / "new" / "optimizer.safetensors").write_bytes(b"half")
     output = train(small(tmp_path, max_train_steps=1, resume_from_checkpoint="latest"))
-    assert [path.name for path in output.rglob(".*")] == [".unet.original"]
+    assert sorted(path.name for path in output.rglob(".*")) == sorted(others)
 
 
 def test_a_resumed_run_that_had_drawn_its_last_grid_keeps_it(tmp_path):
@@ -468,10 +473,9 @@ def test_no_part_of_a_checkpoint_stays_where_its_deletion_is_cut_off(tmp_path, m
         own = shutil.rmtree
         patch.setattr(shutil, "rmtree", lambda path, **how: own(path, **how) if how else None)  # prune's has no options
         output = train(settings)
-    half = {path.name for path in output.glob(".*")}
-    assert checkpoints(output) == ["checkpoint-2"] and half == {f"{files.HALF}deleting"}
+    assert checkpoints(output) == [f"{files.HALF}checkpoint-1.deleting", "checkpoint-2"]
     trainer(dataclasses.replace(settings, resume_from_checkpoint="latest", max_train_steps=3)).journal.open(2)
-    assert not [*output.glob(".*")]
+    assert checkpoints(output) == ["checkpoint-2"]
 
 
 def test_a_checkpoint_that_was_moved_to_another_disk_is_left_there(tmp_path):

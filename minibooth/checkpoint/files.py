@@ -24,7 +24,7 @@ from torch import Tensor
 from minibooth.errors import UserError, blaming
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-HALF = ".half-"  # begins the name of what is not whole yet, or no more: eight characters follow
+HALF = ".half-"  # begins the name of what is not whole yet, or no more: that to be, a dot and eight characters follow
 DTYPES = {  # as files call them
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -223,7 +223,7 @@ def replacing(path: Path, merge: bool = False) -> Iterator[Path]:
     merge = merge and path.is_dir()
     parent = path if merge else path.parent  # a folder may be a mount: what moves into it must be made in it
     parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=HALF, dir=parent))
+    scratch = Path(tempfile.mkdtemp(prefix=f"{HALF}{path.name[:60]}.", dir=parent))
     new = scratch / "new"
     try:
         yield new

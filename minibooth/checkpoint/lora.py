@@ -110,7 +110,8 @@ def merge(source: Source, loras: Iterable[tuple[str | Path, float]]) -> None:
         own = added.get((part, name))
         return (lambda tensors: merged(tensors[name], own)) if own else operator.itemgetter(name)
 
-    source.unlock({part for part, _ in added})
+    if added:
+        source.unlock({part for part, _ in added})
     for part, weights in source.weights.items():
         source.weights[part] = files.View(weights, {name: recipe(part, name) for name in weights})
 
@@ -118,8 +119,8 @@ def merge(source: Source, loras: Iterable[tuple[str | Path, float]]) -> None:
 def said(config: Mapping[str, Any], part: str, layer: str, rank: int) -> float:
     """A layer's alpha by peft's configuration, which diffusers keeps in the metadata; the rank where there is none."""
     patterns = config.get(f"{part}.alpha_pattern") or {}
-    if odd := [pattern for pattern in patterns if not re.fullmatch(r"[\w.^$|\\]+", pattern)]:  # another might run for ever
-        raise UserError(f"its alpha_pattern {odd[0]!r} is more than names of layers: remove it")
+    if odd := [pattern for pattern in patterns if re.search(r"\)[*+{]|([*+{].*){4}", pattern)]:
+        raise UserError(f"its alpha_pattern {odd[0]!r} might be looked for without end: save it with names of layers instead")
     own = [alpha for pattern, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", layer)]
     alpha = float((own or [config.get(f"{part}.lora_alpha", rank)])[0])
     return alpha * rank**0.5 if config.get(f"{part}.use_rslora") else alpha

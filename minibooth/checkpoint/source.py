@@ -232,13 +232,14 @@ class Source:
         return fill(self.skeleton(name), self.weights[name], f"{self.name}: {name}", dtype, device)
 
     def unlock(self, names: Iterable[str]) -> None:
-        """These networks' weights are about to change: let go of what is said of them as they were, averages and hashes.
-
-        Raises UserError for weights too coarse to take up a change.
-        """
+        """These networks' weights are about to change: `forget`. Raises UserError for weights too coarse to take it up."""
         for name in names:
             if any(x.dtype.itemsize == 1 for x in files.meta(self.weights[name]).values()):
-                raise UserError(f"{self.name}: {name} is in 8 bits, too coarse to change: convert it with --dtype fp16 first")
+                raise UserError(f"{self.name}: {name} is in 8 bits, too coarse to change: first convert it to --dtype fp16")
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of what is said of weights as they were: their averages, title and hashes."""
         self.rest = files.renamed(self.rest, {name: name for name in self.rest if not name.startswith("model_ema.")})
         self.metadata = {key: text for key, text in self.metadata.items() if not OF_WEIGHTS.match(key)}
 
@@ -326,7 +327,7 @@ def find(source: str | Path, variant: str | None = None, revision: str | None = 
         raise UserError(f"{path} is a file of unknown kind; a .safetensors file or a folder in the diffusers layout is needed")
     if path.is_dir():
         found = sorted(entry.name for entry in path.iterdir())[:6]
-        what = next((what for name, what in PARTIAL.items() if name in found), "no checkpoint")
+        what = next((what for name, what in PARTIAL.items() if (path / name).is_file()), "no checkpoint")
         raise UserError(f"{path} is {what} (it has no model_index.json, but {', '.join(found) or 'nothing'})")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         raise UserError(f"{path} is missing: name a folder, a .safetensors file, or owner/name on the hub")

@@ -82,6 +82,7 @@ class Pipeline:
         """
         for name, adapters in lora_files.read(path, self.source, weight).items():
             lora.attach(getattr(self, name), adapters)
+        self.source.forget()
 
     def release(self, name: str) -> None:
         """Give up a network once it has nothing left to do; `save` copies it from where it was read."""

@@ -29,7 +29,7 @@ from minibooth.dreambooth.settings import WITHOUT_EFFECT, Settings
 from minibooth.errors import UserError
 
 RESULTS = (INDEX, DIFFUSERS, "{}.safetensors")  # of which a finished run leaves one; {}: the folder's name
-# a pipeline's folders
+# A pipeline's folders.
 PARTS = "unet", "vae", "text_encoder*", "tokenizer*", "scheduler", "low_res_scheduler", "feature_extractor"
 SAME = (
     "rank", "lora_alpha", "lora_targets", "train_text_encoder", "use_8bit_adam", "full_bf16", "instance_prompt",
@@ -37,9 +37,13 @@ SAME = (
 )  # fmt: skip
 NAMED = "pretrained_model_name_or_path", "instance_data_dir"  # the same by their last name, wherever they lie by now
 # What a run would overwrite.
-TAKEN = ("run.json", "metrics.jsonl", "report.html", "checkpoint-*", "samples/*.png", *PARTS, *RESULTS)
+TAKEN = ("run.json", "metrics.jsonl", "report.html", "checkpoint-*", *PARTS, *RESULTS)
+GRIDS = "samples/step-*.png", "samples/before-after.png"
 # What a killed run was writing or deleting.
-HALF = tuple(f"{folder}{files.HALF}????????" for folder in ("", "samples/", "class/drawn-*/"))
+HALF = (
+    *(f"{files.HALF}{name}.????????" for name in (*TAKEN, "{}")),
+    *(f"{x}/{files.HALF}*" for x in ("samples", "class/drawn-*")),
+)
 # Settings on which no result depends.
 FREE = {"resume_from_checkpoint", "hub_token", "hub_model_id", "push_to_hub", "checkpoints_total_limit", "upscaler"}
 
@@ -51,7 +55,8 @@ class Journal:
     """
 
     def __init__(self, settings: Settings):
-        self.settings, self.folder = settings, Path(settings.output_dir)
+        self.original = self.settings = settings
+        self.folder = Path(settings.output_dir)
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"--output_dir {self.folder} is a file")
         asked, begun, done = settings.resume_from_checkpoint, self.has("run.json"), self.has(*RESULTS)
@@ -59,13 +64,16 @@ class Journal:
         same = self.is_same_run(run)
         self.finished = asked == "latest" and bool(done and same and run.get("finished"))
         resumed, own = self.to_resume(), {path.resolve() for _, path in self.checkpoints()}
+        self.found = self.finished, resumed
         # it is just this run, finished; or goes on from a checkpoint of its own; or had none yet, and left no other's result
         goes_on = self.finished or (resumed.resolve() in own if resumed else begun and (same or not done))
-        if (taken := self.has(*TAKEN)) and not (asked and goes_on):
+        if (taken := self.has(*TAKEN, *GRIDS)) and not (asked and goes_on):
             remedy = ", or go on with --resume_from_checkpoint latest" * bool(begun and not asked)
             further = "; no checkpoint is there to go on from, but its result can be a --pretrained_model_name_or_path"
-            remedy += further * bool(done and asked and not resumed)
-            raise UserError(f"{self.folder} already holds {taken[0].name}: choose another --output_dir{remedy}")
+            remedy += further * bool(asked and not resumed and done and done[0].name != DIFFUSERS)
+            raise UserError(
+                f"{self.folder} already holds {taken[0].relative_to(self.folder)}: choose another --output_dir{remedy}"
+            )
 
     def has(self, *patterns: str) -> list[Path]:
         """What is in the folder under these names."""
@@ -93,7 +101,8 @@ class Journal:
                     fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     raise UserError(f"another run is going on in {self.folder}: choose another --output_dir") from None
-            Journal(self.settings)  # another may have run since this one looked
+            if Journal(self.original).found != self.found:
+                raise UserError(f"another run has been in {self.folder} since this one began: start again")
             yield
 
     def open(self, step: int, python: str = "python") -> None:
@@ -162,7 +171,9 @@ class Journal:
         limit = self.settings.checkpoints_total_limit
         own = [path for _, path in self.checkpoints() if not path.is_symlink()]
         for path in own[: -limit if limit else 0]:
-            shutil.rmtree(path.rename(path.with_name(f"{files.HALF}deleting")))  # a killed run leaves no part of one
+            shutil.rmtree(
+                path.rename(path.with_name(f"{files.HALF}{path.name}.deleting"))
+            )  # a killed run leaves no part of one
 
 
 def numbered(folder: Path, name: str) -> list[tuple[int, Path]]:

@@ -303,7 +303,7 @@ class Trainer:
         path = self.journal.folder / "samples" / f"step-{step}.png"
         save_png(grid(pictures, columns=len(rows[0])), path, about)
         if step == self.steps:
-            with contextlib.suppress(OSError):  # no picture of step 0, or a broken one
+            with contextlib.suppress(Exception):  # no picture of step 0, or a broken one
                 both = [Image.open(path.with_name("step-0.png")), Image.open(path)]
                 save_png(grid(both, columns=2), path.with_name("before-after.png"), about)
 

@@ -65,6 +65,7 @@ class UNet(nn.Module):
             self.down_blocks.append(Block(resnets, attentions, Downsample(width) if level < last else None))
             skips += [width] * (depth + (level < last))
 
+        width = widths[-1]
         self.mid_block = Block([resnet(width, width), resnet(width, width)], transformers(1, last, cross=False))
 
         self.up_blocks = nn.ModuleList()
