@@ -71,9 +71,8 @@ class Journal:
             remedy = ", or go on with --resume_from_checkpoint latest" * bool(begun and not asked)
             further = "; no checkpoint is there to go on from, but its result can be a --pretrained_model_name_or_path"
             remedy += further * bool(asked and not resumed and done and done[0].name != DIFFUSERS)
-            raise UserError(
-                f"{self.folder} already holds {taken[0].relative_to(self.folder)}: choose another --output_dir{remedy}"
-            )
+            first = taken[0].relative_to(self.folder)
+            raise UserError(f"{self.folder} already holds {first}: choose another --output_dir{remedy}")
 
     def has(self, *patterns: str) -> list[Path]:
         """What is in the folder under these names."""
@@ -171,9 +170,8 @@ class Journal:
         limit = self.settings.checkpoints_total_limit
         own = [path for _, path in self.checkpoints() if not path.is_symlink()]
         for path in own[: -limit if limit else 0]:
-            shutil.rmtree(
-                path.rename(path.with_name(f"{files.HALF}{path.name}.deleting"))
-            )  # a killed run leaves no part of one
+            half = path.rename(path.with_name(f"{files.HALF}{path.name}.deleting"))  # a killed run leaves no part of one
+            shutil.rmtree(half)
 
 
 def numbered(folder: Path, name: str) -> list[tuple[int, Path]]:
