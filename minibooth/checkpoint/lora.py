@@ -9,6 +9,7 @@ rank, as kohya's own reader (networks/lora.py, create_network_from_weights), dif
 """
 
 import collections
+import functools
 import itertools
 import math
 import operator
@@ -119,11 +120,17 @@ def merge(source: Source, loras: Iterable[tuple[str | Path, float]]) -> None:
 def said(config: Mapping[str, Any], part: str, layer: str, rank: int) -> float:
     """A layer's alpha by peft's configuration, which diffusers keeps in the metadata; the rank where there is none."""
     patterns = config.get(f"{part}.alpha_pattern") or {}
-    if odd := [pattern for pattern in patterns if re.search(r"\)[*+{]|([*+{].*){4}", pattern)]:
-        raise UserError(f"its alpha_pattern {odd[0]!r} might be looked for without end: save it with names of layers instead")
-    own = [alpha for pattern, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", layer)]
+    own = [alpha for pattern, alpha in patterns.items() if compiled(pattern).fullmatch(layer)]
     alpha = float((own or [config.get(f"{part}.lora_alpha", rank)])[0])
     return alpha * rank**0.5 if config.get(f"{part}.use_rslora") else alpha
+
+
+@functools.cache
+def compiled(pattern: str) -> re.Pattern:
+    """One of peft's patterns for names of layers. Raises UserError for one that might take for ever."""
+    if re.search(r"\)[*+{]|([*+{].*){4}", pattern):
+        raise UserError(f"its alpha_pattern {pattern!r} might be looked for without end: save it with names of layers instead")
+    return re.compile(rf"(.*\.)?({pattern})")
 
 
 def write(folder: Path, name: str, adapters: Adapters, source: Source, metadata: Mapping[str, str]) -> None:

@@ -73,6 +73,12 @@ def open_picture(path: Path) -> Image.Image:
         raise UserError(f"cannot read picture {path} ({error}): convert it to JPEG or PNG, or remove it") from error
 
 
+def short_side(path: Path) -> int:
+    """Of a picture, in pixels; by the beginning of its file, without decoding it."""
+    with Image.open(path) as image:
+        return min(image.size)
+
+
 def in_srgb(picture: Image.Image, profile: bytes) -> Image.Image:
     """An RGB picture whose colours are by a profile, such as a telephone's Display P3; as it is, where that cannot be read."""
     with contextlib.suppress(ImportError, OSError, ImageCms.PyCMSError):  # some Pillows lack littlecms

@@ -50,7 +50,7 @@ def push(settings: Settings) -> str:
     patterns = [pattern.format(glob.escape(folder.resolve().name)) for pattern in UPLOADED]
     patterns += [f"upscaler/{pattern.format('upscaler')}" for pattern in UPLOADED] * bool(settings.upscaler)
     with refusals(f"the model is in {folder}, but could not be uploaded", "see --hub_token"):
-        name = repository.repo_id
-        api(settings).upload_file(path_or_fileobj=model_card(settings, name).encode(), path_in_repo="README.md", repo_id=name)
-        api(settings).upload_folder(repo_id=name, folder_path=folder, commit_message="End of training", allow_patterns=patterns)
+        hub, name = api(settings), repository.repo_id
+        hub.upload_file(path_or_fileobj=model_card(settings, name).encode(), path_in_repo="README.md", repo_id=name)
+        hub.upload_folder(repo_id=name, folder_path=folder, commit_message="End of training", allow_patterns=patterns)
     return str(repository)

@@ -169,6 +169,10 @@ class Settings:
         notes = [f"--{name}: {help}" for name, help in said.items()]
         return notes + ["all weights train; for a LoRA, as by train_dreambooth_lora.py, add --rank 4"] * copied
 
+    def validation_prompts(self) -> list[str]:
+        """Those that --validation_prompt joins."""
+        return [prompt.strip() for prompt in (self.validation_prompt or "").split("|")]
+
     def samples(self, processes: int) -> int:
         """The subject's samples in a step."""
         return self.train_batch_size * self.gradient_accumulation_steps * processes

@@ -17,7 +17,7 @@ from torch import Tensor
 from minibooth.diffusion.images import to_image, to_tensor
 from minibooth.diffusion.pipeline import Condition, Pipeline
 from minibooth.diffusion.super_resolution import StableDiffusionUpscale
-from minibooth.dreambooth.data import INTERPOLATION, crop, open_picture
+from minibooth.dreambooth.data import INTERPOLATION, crop, open_picture, short_side
 from minibooth.dreambooth.settings import Settings
 from minibooth.errors import UserError, refuse
 
@@ -45,7 +45,7 @@ class TextToImage:
         side, own = self.settings.resolution, max(self.pipe.latent_size(None, None)) * self.pipe.factor
         if 2 * side <= own:
             yield f"--resolution {side} is far from the {own} px that the model is for, and may come out well at neither"
-        if small := [path.name for path in self.pictures if min(open_picture(path).size) < side]:
+        if small := [path.name for path in self.pictures if short_side(path) < side]:
             yield f"{', '.join(small)}: smaller than --resolution {side}, and so enlarged"
 
     def load_crop(self, path: Path, place: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -93,7 +93,8 @@ class SuperResolution(TextToImage):
                 drawn,
         })  # fmt: skip
         for path in pictures:
-            if min(size := open_picture(path).size) < side:
+            if short_side(path) < side:
+                size = open_picture(path).size
                 sizes = f"{size[0]} x {size[1]} pixels, and pairs of low and high resolution need {side} x {side}"
                 raise UserError(f"{path} has {sizes}: take a larger picture or a smaller --resolution")
 

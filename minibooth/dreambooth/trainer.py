@@ -324,8 +324,8 @@ class Trainer:
     def validation_conditions(self) -> tuple[list[Condition], Condition]:
         """The validation prompts (to be watched, with the class prompt), and what guidance leads away from, encoded."""
         s = self.settings
-        prompts = (s.validation_prompt or "").split("|") + [s.class_prompt] * bool(self.watch and s.class_prompt)
-        return [self.pipe.condition([prompt.strip()]) for prompt in prompts], self.pipe.unconditional(None)
+        prompts = s.validation_prompts() + [s.class_prompt] * bool(self.watch and s.class_prompt)
+        return [self.pipe.condition([prompt]) for prompt in prompts], self.pipe.unconditional(None)
 
     def save_checkpoint(self, step: int) -> None:
         """checkpoint-N with all that the next step depends on; older ones go only when it is whole."""
@@ -374,8 +374,7 @@ class Trainer:
         if self.skipped:
             rows.append(("skipped", ", ".join(path.name for path in self.skipped)))
         notes = [*s.notes(), *self.stage.warnings(), *prompt_warnings(self.pipe.tokenizer, s.instance_prompt, s.class_prompt)]
-        prompts = s.instance_prompt, s.class_prompt, *(s.validation_prompt or "").split("|")
-        notes += self.pipe.tokenizer.truncation_warnings(prompts)
+        notes += self.pipe.tokenizer.truncation_warnings([s.instance_prompt, s.class_prompt, *s.validation_prompts()])
         return rows + [("note", note) for note in notes]
 
 
